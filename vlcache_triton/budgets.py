@@ -1,0 +1,92 @@
+"""Share a prompt's cache budget out over its layers, exactly (recipe step 3, Algorithm 1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .config import VLCacheConfig
+
+# PyramidKV's β: the first layer gets about 2β - 1 over β of the mean, the last 1 over β of it.
+PYRAMID_STEEPNESS = 20.0
+
+
+def layer_budgets(density: Tensor, lengths: Tensor, config: VLCacheConfig) -> Tensor:
+    """The number of tokens that each layer keeps of each sequence.
+
+    β[l] = clip(d[l] / Σd * α * L, min, max) (Algorithm 1), where what clipping takes or leaves is
+    poured over the unclipped layers until Σβ = αL holds again; then integers by largest
+    remainder, ties to the lower layer. The total of a sequence of m tokens is exactly
+    round(α L m) (L * tokens for an absolute budget), clamped to what the bounds allow.
+
+    Args:
+        density: `[num_layers, num_seqs]`, d = 1 - γ', the retained share of the visible
+            post-vision attention entries; any float dtype, values in [0, 1].
+        lengths: `[num_seqs]` int, prompt lengths without padding.
+        config: the budget, its bounds and the allocation rule.
+
+    Returns:
+        int64 `[num_layers, num_seqs]` on the device of `density`; at least one token a layer for
+        a sequence that has any. Cost: O(L² B) arithmetic, on the host or device alike, no sync.
+    """
+    if density.ndim != 2:
+        raise ValueError(
+            f"density: got shape {tuple(density.shape)}, expected [num_layers, num_seqs]"
+        )
+    num_layers, num_seqs = density.shape
+    if lengths.shape != (num_seqs,):
+        raise ValueError(f"lengths: got shape {tuple(lengths.shape)}, expected ({num_seqs},)")
+    length = lengths.to(density.device, torch.float64)
+    lower = torch.maximum((config.min_layer_budget * length).ceil(), length.clamp(max=1.0))
+    upper = torch.maximum((config.max_layer_budget * length).floor(), lower)
+    if isinstance(config.budget, int):
+        total = torch.minimum(torch.full_like(length, config.budget), length) * num_layers
+    else:
+        total = (config.budget * num_layers * length).round()
+    total = torch.minimum(torch.maximum(total, lower * num_layers), upper * num_layers)
+    shares = _pour(_weights(density, config), total, lower, upper)
+    return _largest_remainder(shares, total, upper)
+
+
+def _weights(density: Tensor, config: VLCacheConfig) -> Tensor:
+    """`[num_layers, num_seqs]` fp64, positive: what the layers' shares are proportional to."""
+    num_layers = density.shape[0]
+    if config.allocation == "sparsity":
+        # A layer of density 0 cannot be: a row's maximum always passes the filter.
+        return density.double().clamp(min=1e-12)
+    if config.allocation == "uniform":
+        return torch.ones_like(density, dtype=torch.float64)
+    last = 1.0 / PYRAMID_STEEPNESS
+    ramp = torch.linspace(2.0 - last, last, num_layers, dtype=torch.float64, device=density.device)
+    return (ramp if num_layers > 1 else torch.ones_like(ramp))[:, None].expand_as(density)
+
+
+def _pour(weights: Tensor, total: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """Shares `clip(λ * weights, lower, upper)` with λ such that they sum to `total`.
+
+    Σ clip(λ w, lower, upper) is piecewise linear and rising in λ, with its kinks at lower / w and
+    upper / w: evaluate it at all 2L kinks, and interpolate in the piece that crosses the total.
+    """
+    kinks = torch.cat([lower / weights, upper / weights]).sort(dim=0).values  # [2L, B]
+    sums = (kinks[:, None] * weights).clamp(lower, upper).sum(1)  # [2L, B]
+    piece = (sums <= total).sum(0).clamp(1, len(kinks) - 1)[None]  # first kink past the total
+    left, right = kinks.gather(0, piece - 1), kinks.gather(0, piece)
+    below, above = sums.gather(0, piece - 1), sums.gather(0, piece)
+    slope = torch.where(above > below, (total - below) / (above - below), torch.zeros_like(below))
+    return (weights * (left + slope * (right - left))).clamp(lower, upper)
+
+
+def _largest_remainder(shares: Tensor, total: Tensor, upper: Tensor) -> Tensor:
+    """Round `[L, B]` shares to integers that sum to `total`; ties to the lower layer."""
+    # 1e-9: a share that is an integer but for rounding in λ is that integer.
+    whole = (shares + 1e-9).floor()
+    remainder = (shares - whole).clamp(min=0.0)
+    for _ in range(2):  # twice: where rounding left more than one unit for the eligible layers
+        missing = total - whole.sum(0)  # [B]
+        key = torch.where(whole < upper, remainder, torch.full_like(remainder, -1.0))
+        order = key.sort(dim=0, descending=True, stable=True).indices
+        rank = torch.empty_like(order).scatter_(
+            0, order, torch.arange(len(order), device=order.device)[:, None].expand_as(order)
+        )
+        whole = whole + ((rank < missing) & (whole < upper)).to(whole.dtype)
+    return whole.long()

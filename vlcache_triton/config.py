@@ -1,0 +1,84 @@
+"""What a user may choose about compression: one frozen, validated dataclass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Allocation = Literal["sparsity", "uniform", "pyramid"]
+Granularity = Literal["kv_head", "layer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLCacheConfig:
+    """The choices of VL-Cache (Tu et al., ICLR 2025); the defaults are the paper's recipe.
+
+    Args:
+        budget: share of the prompt's KV cache that is kept over all layers, a float in (0, 1];
+            or an int >= 1, the mean number of tokens kept a layer. 1.0 is lossless: nothing is
+            scored, moved or dropped. (The paper's α.)
+        threshold: p of the ThresholdFilter (eq. 1), in (0, 1): an attention entry counts as zero
+            below p times the maximum of its row.
+        recent_fraction: share of a layer's budget that is forced to the most recent tokens,
+            in [0, 1]; at least one token is always kept (Algorithm 1 uses 0.1).
+        min_layer_budget, max_layer_budget: bounds of a layer's budget as shares of the prompt,
+            0 <= min <= max <= 1 (Algorithm 1 clips to [0.01, 1]). What clipping takes or leaves
+            is shared out among the other layers, so that the total stays exact.
+        allocation: how the total is shared over the layers: "sparsity" (Algorithm 1), "uniform",
+            or "pyramid" (linearly falling with depth, after PyramidKV), for comparison.
+        granularity: "kv_head" selects tokens for each KV head on its own, "layer" one set for
+            all heads of a layer.
+        max_query_rows: use only the last this many post-vision rows as queries; None uses all.
+        text_window: for a prompt without an image: use its last this many rows as post-vision
+            rows; None leaves such a prompt uncompressed.
+
+    Raises:
+        ValueError: naming the argument, what was got and what was expected.
+    """
+
+    budget: float | int = 0.1
+    threshold: float = 0.01
+    recent_fraction: float = 0.1
+    min_layer_budget: float = 0.01
+    max_layer_budget: float = 1.0
+    allocation: Allocation = "sparsity"
+    granularity: Granularity = "kv_head"
+    max_query_rows: int | None = None
+    text_window: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.budget, bool) or not isinstance(self.budget, (int, float)):
+            raise _invalid("budget", self.budget, "a float in (0, 1] or an int >= 1")
+        if isinstance(self.budget, int) and self.budget < 1:
+            raise _invalid("budget", self.budget, "an int >= 1 (tokens a layer)")
+        if isinstance(self.budget, float) and not 0 < self.budget <= 1:
+            raise _invalid("budget", self.budget, "a float in (0, 1] or an int >= 1")
+        if not 0 < self.threshold < 1:
+            raise _invalid("threshold", self.threshold, "a float in (0, 1)")
+        if not 0 <= self.recent_fraction <= 1:
+            raise _invalid("recent_fraction", self.recent_fraction, "a float in [0, 1]")
+        if not 0 <= self.min_layer_budget <= 1:
+            raise _invalid("min_layer_budget", self.min_layer_budget, "a float in [0, 1]")
+        if not self.min_layer_budget <= self.max_layer_budget <= 1:
+            raise _invalid(
+                "max_layer_budget", self.max_layer_budget, "a float in [min_layer_budget, 1]"
+            )
+        if self.allocation not in get_args(Allocation):
+            raise _invalid("allocation", self.allocation, f"one of {get_args(Allocation)}")
+        if self.granularity not in get_args(Granularity):
+            raise _invalid("granularity", self.granularity, f"one of {get_args(Granularity)}")
+        for name in ("max_query_rows", "text_window"):
+            value = getattr(self, name)
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int) or value < 1
+            ):
+                raise _invalid(name, value, "None or an int >= 1")
+
+    @property
+    def is_lossless(self) -> bool:
+        """True at budget 1.0, where the cache is left exactly as it is."""
+        return isinstance(self.budget, float) and self.budget == 1.0
+
+
+def _invalid(name: str, got: object, expected: str) -> ValueError:
+    return ValueError(f"{name}: got {got!r}, expected {expected}")
