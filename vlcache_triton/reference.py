@@ -221,9 +221,7 @@ def compact_kv_(
         i, h = divmod(s, num_kv_heads)
         kept = indices[bounds[s] : bounds[s + 1]].long()
         source = _rows(kept, i, cu_seqlens_k, block_table, k)
-        target = _rows(
-            torch.arange(len(kept), device=k.device), i, cu_seqlens_k, block_table, k
-        )
+        target = _rows(torch.arange(len(kept), device=k.device), i, cu_seqlens_k, block_table, k)
         flat_k[target, h] = flat_k[source, h]  # advanced indexing gathers before it scatters
         flat_v[target, h] = flat_v[source, h]
 
