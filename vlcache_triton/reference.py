@@ -127,7 +127,7 @@ def select_tokens(
         total_kept: host upper bound of Σ keep * num_kv_heads, the size of `indices`; default
             scores.numel(). Budgets are exact, so callers know it without a sync.
     """
-    *leading, num_kv_heads, _ = scores.shape
+    *_leading, num_kv_heads, _ = scores.shape
     starts = cu_seqlens.tolist()
     num_seqs = len(starts) - 1
     flat = scores.reshape(-1, num_kv_heads, scores.shape[-1])
