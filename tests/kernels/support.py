@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ def to_pages(x: Tensor, cu_seqlens: Tensor, block_table: Tensor, page_size: int)
     num_blocks = int((block_table != NO_PAGE).sum()) + 1
     pages = x.new_full((num_blocks * page_size, *x.shape[1:]), torch.nan)
     starts = cu_seqlens.tolist()
-    for i, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for i, (start, end) in enumerate(pairwise(starts)):
         position = torch.arange(end - start, device=x.device)
         block = block_table[i, position // page_size].long()
         pages[block * page_size + position % page_size] = x[start:end]
@@ -130,8 +130,8 @@ def assert_accurate(
     assert rms <= 2 * allowed_rms + floor, f"RMS error {rms:.3g}, plain torch {allowed_rms:.3g}"
 
 
-def assert_identical(actual: Any, expected: Any) -> None:
-    """Bitwise equal tensors, or tuples of them."""
+def assert_identical(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Two lists or named tuples of tensors are equal, bit for bit."""
     for a, b in zip(actual, expected, strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b), f"{int((a != b).sum())} of {a.numel()} entries differ"
