@@ -1,0 +1,252 @@
+"""The cache object: dense during prefill, ragged per KV head once the prompt is compressed."""
+
+from __future__ import annotations
+
+from math import isnan
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from vlcache_triton import VLCacheConfig
+from vlcache_triton.backend import Backend, BackendName, get_backend
+from vlcache_triton.plan import CompressionPlan, make_plan
+from vlcache_triton.prompt import Prompt
+from vlcache_triton.ragged import RaggedKV
+from vlcache_triton.report import CompressionReport
+
+from .support import layer_types
+
+MAX_HEAD_ROOM = 256  # rows reserved for new tokens at compression; a longer answer grows the pool
+
+
+class VLCacheLayer(DynamicLayer):
+    """A full-attention layer. The attention function finds it on the key tensor it is handed."""
+
+    is_croppable = False
+
+    def __init__(self, owner: VLCache, layer_idx: int) -> None:
+        super().__init__()
+        self.owner, self.layer_idx = owner, layer_idx
+        self.ragged: RaggedKV | None = None
+        self.num_seen = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """Store a step's K and V `[num_seqs, num_kv_heads, n, d]`; what to attend to comes back."""
+        self.num_seen += key_states.shape[2]
+        if self.ragged is not None:
+            self.ragged.append(key_states, value_states)
+            return _tagged(key_states, self), value_states
+        if not self.owner.will_compress:
+            return super().update(key_states, value_states, *args, **kwargs)
+        if self.keys is not None:
+            raise RuntimeError("VLCache: a second chunk of the prompt came before compression")
+        # Borrowed, not copied: compression soon takes what it keeps.
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        self.keys, self.values = key_states, value_states
+        return _tagged(key_states, self), value_states
+
+    def observe(self, query: Tensor, softmax_scale: float) -> None:
+        """Take the statistics of the prompt's post-vision rows; the last layer compresses all."""
+        self.owner.observe(self, query, softmax_scale)
+
+    def dense_rows(self) -> tuple[Tensor, Tensor]:
+        """K and V before compression, `[num_seqs * padded_length, num_kv_heads, d]`: views of what
+        projections and RoPE leave behind, which lies by row."""
+        assert self.keys is not None and self.values is not None
+        return self.keys.transpose(1, 2).flatten(0, 1), self.values.transpose(1, 2).flatten(0, 1)
+
+    def compress(self, plan: CompressionPlan, layer: int, room: int, backend: Backend) -> None:
+        """Keep what row `layer` of the plan says, and let go of the dense K and V."""
+        kept = plan.keep[layer].repeat_interleave(plan.num_kv_heads).tolist()
+        keys, values = self.dense_rows()
+        self.ragged = RaggedKV.compact(
+            keys,
+            values,
+            plan.prompt.starts(keys.device),
+            plan.indices,
+            plan.layer_cu_kept(layer),
+            kept,
+            room=room,
+            backend=backend,
+        )
+        self.keys = self.values = None
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, not tokens kept: positions go on from here."""
+        return self.num_seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(0, 0) once compressed, for which the mask function makes no mask."""
+        return (0, 0) if self.ragged is not None else (self.num_seen + query_length, 0)
+
+    def reset(self) -> None:
+        """Empty; ready for another prompt."""
+        super().reset()
+        self.ragged, self.num_seen = None, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: compression cannot be rolled back."""
+        if tokens_to_remove != 0:
+            raise NotImplementedError(
+                f"VLCache: crop (assisted decoding, rollback): got {tokens_to_remove}, expected 0"
+            )
+
+    def offload(self) -> None:
+        """Refused: what is left is small."""
+        raise NotImplementedError("VLCache: got an offloaded cache, expected one on the device")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make sequence i what sequence beam_idx[i] was."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences of the batch, in this order."""
+        if self.ragged is None:
+            super().batch_select_indices(indices)
+        else:
+            self.ragged.select_sequences(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        if self.ragged is None:
+            super().batch_repeat_interleave(repeats)
+        else:
+            num_seqs = len(self.ragged.capacities) // self.ragged.num_kv_heads
+            self.ragged.select_sequences(torch.arange(num_seqs).repeat_interleave(repeats))
+
+
+class VLCache(Cache):
+    """A KV cache that compresses itself once, at the end of the prompt's forward pass.
+
+    Full-attention layers are compressed; sliding and chunked layers stay as Transformers makes
+    them. Use it inside `with vl_cache(model, ...)`, where each prompt finds its boundary; tokens
+    after the prompt (answers, later turns) are kept whole. At budget 1.0, and for prompts without
+    post-vision rows, it is a dynamic cache.
+
+    Args:
+        model_config: `model.config`.
+        config: the choices of compression.
+        max_new_tokens: tokens expected after the prompt; sizes the head room. More tokens are
+            taken all the same, for a copy of the compressed cache now and then.
+        backend: see `get_backend`.
+
+    Raises:
+        NotImplementedError: for layer types that VL-Cache is not defined on.
+    """
+
+    def __init__(
+        self,
+        model_config: PreTrainedConfig,
+        config: VLCacheConfig | None = None,
+        *,
+        max_new_tokens: int = MAX_HEAD_ROOM,
+        backend: BackendName = "auto",
+    ) -> None:
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: got {max_new_tokens}, expected an int >= 1")
+        text_config = model_config.get_text_config(decoder=True)
+        layers: list[Any] = []
+        for i, layer_type in enumerate(layer_types(text_config)):
+            if layer_type == "full_attention":
+                layers.append(VLCacheLayer(self, i))
+            elif layer_type == "sliding_attention":
+                layers.append(DynamicSlidingWindowLayer(text_config.sliding_window))
+            else:
+                layers.append(DynamicSlidingWindowLayer(text_config.attention_chunk_size))
+        super().__init__(layers=layers)
+        self.config = config or VLCacheConfig()
+        self.backend_name: BackendName = backend
+        self.head_room = min(max_new_tokens, MAX_HEAD_ROOM)
+        self._full_layers = [x for x in layers if isinstance(x, VLCacheLayer)]
+        self._forget()
+
+    def _forget(self) -> None:
+        self.prompt: Prompt | None = None
+        self.plan: CompressionPlan | None = None
+        self._stats: list = []
+        self._report: CompressionReport | None = None
+
+    @property
+    def will_compress(self) -> bool:
+        """Whether the current prompt is to be compressed, or has been."""
+        return (
+            self.prompt is not None and self.prompt.is_compressible and not self.config.is_lossless
+        )
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether the prompt has been compressed."""
+        return self.plan is not None
+
+    def begin(self, prompt: Prompt) -> None:
+        """Announce the prompt whose forward pass comes next; the cache must be empty."""
+        if self.get_seq_length() != 0:
+            raise ValueError(f"cache: got {self.get_seq_length()} tokens in it, expected none")
+        self.prompt = prompt
+
+    def observe(self, layer: VLCacheLayer, query: Tensor, softmax_scale: float) -> None:
+        """Statistics of one layer: query `[num_seqs, num_heads, padded_length, d]`, after RoPE."""
+        assert self.prompt is not None
+        backend = get_backend(self.backend_name, query.device)
+        cu_seqlens_q, cu_seqlens_k = self.prompt.cu_seqlens(query.device)
+        with torch.no_grad():
+            stats = backend.post_vision_stats(
+                self.prompt.pack_query_rows(query),
+                layer.dense_rows()[0],
+                cu_seqlens_q,
+                cu_seqlens_k,
+                max(self.prompt.query_rows),
+                max(self.prompt.lengths),
+                softmax_scale=softmax_scale,
+                threshold=self.config.threshold,
+            )
+            self._stats.append(stats)
+            if layer is self._full_layers[-1]:
+                self._compress(backend)
+
+    def report(self) -> CompressionReport | None:
+        """What compression did; None where nothing was compressed."""
+        return self._report
+
+    def reset(self) -> None:
+        """Empty; ready for another prompt."""
+        super().reset()
+        self._forget()
+
+    def activate_past_recording(self) -> None:
+        """Refused: compression cannot be rolled back."""
+        raise NotImplementedError("VLCache: got assisted decoding, expected plain decoding")
+
+    def _compress(self, backend: Backend) -> None:
+        assert self.prompt is not None
+        plan = make_plan(self._stats, self.prompt, self.config, backend)
+        self._stats = []
+        bytes_before = sum(x.nbytes for layer in self._full_layers for x in layer.dense_rows())
+        rows_before = len(self._full_layers) * self.prompt.padded_length * len(self.prompt.pads)
+        for i, layer in enumerate(self._full_layers):
+            layer.compress(plan, i, self.head_room, backend)
+        self.plan = plan
+        ragged = [layer.ragged for layer in self._full_layers]
+        self._report = CompressionReport(
+            budget=self.config.budget,
+            layers=[layer.layer_idx for layer in self._full_layers],
+            sparsity=[[None if isnan(x) else x for x in row] for row in plan.sparsity.tolist()],
+            kept=plan.keep.tolist(),
+            lengths=list(self.prompt.lengths),
+            bytes_before=bytes_before,
+            bytes_after=bytes_before * int(plan.keep.sum()) // rows_before,
+            bytes_allocated=sum(x.nbytes for x in ragged if x is not None),
+        )
+
+
+def _tagged(key: Tensor, layer: VLCacheLayer) -> Tensor:
+    """A view of key that carries its cache layer to the attention function.
+
+    A view, as the layer holds the tensor itself: a tag on that would keep both alive in a cycle.
+    """
+    view = key.view_as(key)
+    view.vlcache_layer = layer  # type: ignore[attr-defined]
+    return view

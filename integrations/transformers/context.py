@@ -1,0 +1,192 @@
+"""`with vl_cache(model, ...)`: a model compresses its cache inside, and is as it was outside."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vlcache_triton import VLCacheConfig
+from vlcache_triton.backend import BackendName, get_backend
+from vlcache_triton.prompt import read_prompt
+from vlcache_triton.report import CompressionReport
+
+from .attention import NAME, register
+from .cache import MAX_HEAD_ROOM, VLCache
+from .support import check_generate, check_mode, check_model
+
+
+class Session:
+    """What happens inside one `vl_cache` block.
+
+    config: the choices of compression.
+    cache: the VLCache of the latest prompt, None before the first.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: VLCacheConfig, backend: BackendName) -> None:
+        self.model, self.config, self.backend = model, config, backend
+        self.cache: VLCache | None = None
+
+    def new_cache(self, max_new_tokens: int = MAX_HEAD_ROOM) -> VLCache:
+        """An empty cache to hand over as `past_key_values`, for manual loops and dialogues."""
+        self.cache = VLCache(
+            self.model.config, self.config, max_new_tokens=max_new_tokens, backend=self.backend
+        )
+        return self.cache
+
+    def report(self) -> CompressionReport | None:
+        """What was kept of the latest prompt; None where nothing was compressed."""
+        return None if self.cache is None else self.cache.report()
+
+
+@contextmanager
+def vl_cache(
+    model: PreTrainedModel,
+    config: VLCacheConfig | None = None,
+    *,
+    backend: BackendName = "auto",
+    **choices: Any,
+) -> Iterator[Session]:
+    """Compress the KV cache of every image-and-text prompt that `model` reads inside the block.
+
+    Both `model.generate(...)` and manual loops over `model(...)` are served; the model leaves the
+    block exactly as it came in, also after an exception.
+
+    Args:
+        model: a vision-language model of Transformers with causal text.
+        config: the choices of compression, or give them as keywords: `budget=0.1`.
+        backend: "auto" is the Triton kernels on CUDA and the fp32 reference elsewhere.
+
+    Raises:
+        NotImplementedError: for models on which VL-Cache is not defined.
+        ValueError: for choices out of range, and for a model that is inside a block already.
+    """
+    if config is not None and choices:
+        raise ValueError(f"config: got a VLCacheConfig and {sorted(choices)}, expected one of them")
+    config = config or VLCacheConfig(**choices)
+    check_model(model)
+    get_backend(backend, model.device)
+    text_config = model.config.get_text_config(decoder=True)
+    if text_config._attn_implementation == NAME:
+        raise ValueError("model: got one inside a vl_cache block already, expected another")
+    session = Session(model, config, backend)
+    register()
+    with ExitStack() as undo:
+        _override(model, "generate", _checked_generate(model), undo)
+        _override(model, "generate_batch", _refuse_generate_batch, undo)
+        prepare = _prepare_cache(model._prepare_cache_for_generation, session)
+        _override(model, "_prepare_cache_for_generation", prepare, undo)
+        before = model.register_forward_pre_hook(_begin(session), with_kwargs=True)
+        undo.callback(before.remove)
+        after = model.register_forward_hook(_assert_compressed, with_kwargs=True)
+        undo.callback(after.remove)
+        # On the internal attribute: the public setter would pass it on to the vision tower.
+        previous = text_config._attn_implementation_internal
+        undo.callback(setattr, text_config, "_attn_implementation_internal", previous)
+        text_config._attn_implementation_internal = NAME
+        yield session
+
+
+def _override(model: PreTrainedModel, name: str, function: Any, undo: ExitStack) -> None:
+    """Set an instance attribute until `undo` closes."""
+    if name in model.__dict__:
+        undo.callback(setattr, model, name, model.__dict__[name])
+    else:
+        undo.callback(delattr, model, name)
+    setattr(model, name, function)
+
+
+def _checked_generate(model: PreTrainedModel) -> Any:
+    generate: Any = model.generate
+
+    @functools.wraps(generate)
+    def checked(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        given = {"input_ids": inputs, **kwargs} if inputs is not None else kwargs
+        if args:
+            given = {"generation_config": args[0], **given}
+        check_generate(model, given)
+        return generate(inputs, *args, **kwargs)
+
+    return checked
+
+
+def _refuse_generate_batch(*args: Any, **kwargs: Any) -> None:
+    raise NotImplementedError("generate_batch: continuous batching is not supported by vl_cache")
+
+
+def _prepare_cache(original: Any, session: Session) -> Any:
+    """Give `generate` a VLCache, where the user did not."""
+
+    @functools.wraps(original)
+    def prepare(generation_config, model_kwargs, generation_mode, *args, **kwargs):
+        check_mode(generation_mode)
+        if model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = session.new_cache(
+                generation_config.max_new_tokens or MAX_HEAD_ROOM
+            )
+        return original(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+
+    return prepare
+
+
+def _begin(session: Session) -> Any:
+    """A forward pre-hook: tell an empty cache about the prompt that comes."""
+
+    def begin(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            if kwargs.get("use_cache") is False or model.training:
+                return None
+            cache = session.new_cache()
+            kwargs = {**kwargs, "past_key_values": cache, "use_cache": True}
+        if not isinstance(cache, VLCache):
+            raise ValueError(
+                f"past_key_values: got {type(cache).__name__}, expected a VLCache"
+                " (session.new_cache()) or None inside a vl_cache block"
+            )
+        session.cache = cache
+        if cache.get_seq_length() == 0:
+            input_ids = kwargs.get("input_ids", args[0] if args else None)
+            if input_ids is None:
+                raise NotImplementedError(
+                    "inputs_embeds: got embeddings alone, expected input_ids, which show where"
+                    " images lie"
+                )
+            mask = kwargs.get("attention_mask")
+            if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+                raise NotImplementedError("attention_mask: expected [num_seqs, length] or None")
+            is_visual = visual_tokens(model, input_ids, kwargs.get("mm_token_type_ids"))
+            cache.begin(read_prompt(is_visual, mask, session.config))
+        return args, kwargs
+
+    return begin
+
+
+def _assert_compressed(model: PreTrainedModel, args: tuple, kwargs: dict, output: Any) -> None:
+    """A forward hook: a compression that silently did not happen is the worst bug here."""
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, VLCache) and cache.will_compress and not cache.is_compressed:
+        raise RuntimeError(
+            f"{type(model).__name__}: its prompt was read, but not compressed; its attention does"
+            " not reach vl_cache. Please report this"
+        )
+
+
+def visual_tokens(
+    model: PreTrainedModel, input_ids: Tensor, mm_token_type_ids: Tensor | None = None
+) -> Tensor:
+    """`[num_seqs, length]` bool: image and video tokens, by their ids or by the processor's types.
+
+    `token_type_ids` is never used: models give it other meanings.
+    """
+    names = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
+    ids = {getattr(model.config, name, None) for name in names} - {None}
+    is_visual = torch.isin(input_ids, torch.tensor(sorted(ids), device=input_ids.device))
+    if mm_token_type_ids is not None and mm_token_type_ids.shape == input_ids.shape:
+        is_visual = is_visual | (mm_token_type_ids.to(input_ids.device) > 0)
+    return is_visual

@@ -1,0 +1,147 @@
+"""What is not supported is refused here, by name, before any work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
+
+from vlcache_triton.prompt import left_pads
+
+LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+GENERATION_MODES = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+)
+# Why a family cannot be served, where its configuration alone does not say so.
+REFUSED_FAMILIES = {
+    "paligemma": "its text rows attend bidirectionally over the prompt",
+    "gemma3n": "its layers share each other's KV cache",
+    "gemma4": "its layers share KV caches and differ in head size",
+    "mllama": "it sees images by cross-attention, so there are no visual tokens to compress",
+}
+
+
+def layer_types(text_config: PreTrainedConfig) -> list[str]:
+    """The attention type of each layer of the language model.
+
+    Raises:
+        NotImplementedError: for types other than full, sliding and chunked attention.
+    """
+    types = getattr(text_config, "layer_types", None)
+    if types is None:
+        if getattr(text_config, "sliding_window", None) is not None:
+            types = ["sliding_attention"] * text_config.num_hidden_layers
+        elif getattr(text_config, "attention_chunk_size", None) is not None:
+            types = ["chunked_attention"] * text_config.num_hidden_layers
+        else:
+            types = ["full_attention"] * text_config.num_hidden_layers
+    for layer_type in types:
+        if layer_type not in LAYER_TYPES:
+            raise NotImplementedError(
+                f"model: got a layer of type {layer_type!r}, expected one of {LAYER_TYPES}"
+            )
+    return list(types)
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Refuse models on which VL-Cache is not defined, saying why.
+
+    Raises:
+        NotImplementedError: naming the model type.
+    """
+    config = model.config
+    text_config = config.get_text_config(decoder=True)
+    for model_type in (config.model_type, text_config.model_type):
+        for family, reason in REFUSED_FAMILIES.items():
+            if model_type.startswith(family):
+                raise _unsupported(model, reason)
+    if config.is_encoder_decoder:
+        raise _unsupported(model, "it is an encoder-decoder model")
+    if getattr(text_config, "num_kv_shared_layers", 0):
+        raise _unsupported(model, "its layers share each other's KV cache")
+    if getattr(text_config, "kv_lora_rank", None):
+        raise _unsupported(model, "its cache is latent (MLA)")
+    if getattr(text_config, "cross_attention_layers", None):
+        raise _unsupported(model, "it has cross-attention layers")
+    if "full_attention" not in layer_types(text_config):
+        raise _unsupported(model, "it has no full-attention layer")
+    text_model = _text_model(model, text_config)
+    if not text_model._can_set_attn_implementation():
+        raise _unsupported(model, "its attention does not go through AttentionInterface")
+    for module in text_model.modules():
+        if hasattr(module, "layer_idx") and getattr(module, "is_causal", True) is False:
+            raise _unsupported(model, "its text rows are not causal")
+        if getattr(module, "sinks", None) is not None:
+            raise _unsupported(model, "its attention has sinks")
+
+
+def check_generate(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    """Refuse what `generate` cannot do on a compressed cache, by its arguments.
+
+    Raises:
+        NotImplementedError, ValueError: naming the argument.
+    """
+
+    def choice(name: str) -> Any:
+        """An argument of generate, else of its generation_config, else the model's default."""
+        for source in (kwargs.get("generation_config"), model.generation_config):
+            if kwargs.get(name) is None and getattr(source, name, None) is not None:
+                return getattr(source, name)
+        return kwargs.get(name)
+
+    for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
+        if choice(name) is not None:
+            raise NotImplementedError(f"{name}: got {choice(name)!r}, expected None with vl_cache")
+    if choice("assistant_early_exit") is not None:
+        raise NotImplementedError("assistant_early_exit: expected None with vl_cache")
+    if choice("cache_implementation") is not None:
+        raise NotImplementedError(
+            f"cache_implementation: got {choice('cache_implementation')!r}, expected None"
+            " (vl_cache brings its own)"
+        )
+    if choice("use_cache") is False:
+        raise NotImplementedError("use_cache: got False, expected True with vl_cache")
+    if choice("output_attentions"):
+        raise NotImplementedError(
+            "output_attentions: got True, expected False (the attention matrix is never made)"
+        )
+    if kwargs.get("inputs_embeds") is not None and kwargs.get("input_ids") is None:
+        raise NotImplementedError(
+            "inputs_embeds: got embeddings alone, expected input_ids, which show where images lie"
+        )
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        left_pads(mask)
+
+
+def check_mode(mode: GenerationMode) -> None:
+    """Refuse generation modes that roll the cache back or run several models."""
+    if mode not in GENERATION_MODES:
+        raise NotImplementedError(
+            f"generate: got the mode {mode.value!r}, expected one of"
+            f" {[m.value for m in GENERATION_MODES]} with vl_cache"
+        )
+
+
+def _text_model(model: PreTrainedModel, text_config: PreTrainedConfig) -> PreTrainedModel:
+    """The smallest submodel whose configuration is the text configuration."""
+    owners = [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and module.config is text_config
+    ]
+    if not owners:
+        raise _unsupported(model, "its language model cannot be found")
+    return owners[-1]
+
+
+def _unsupported(model: PreTrainedModel, reason: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"model: got {type(model).__name__} ({model.config.model_type}), which VL-Cache does not"
+        f" support: {reason}"
+    )

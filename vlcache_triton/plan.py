@@ -1,0 +1,90 @@
+"""From the statistics of a prompt to what is kept of it: budgets, then selection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .backend import Backend
+from .budgets import layer_budgets
+from .config import VLCacheConfig
+from .prompt import Prompt
+from .reference import PostVisionStats
+
+
+@dataclass(frozen=True)
+class CompressionPlan:
+    """What every layer keeps of every sequence.
+
+    prompt: the batch it was made for.
+    num_kv_heads: of every layer.
+    sparsity: `[num_layers, num_seqs]` fp64 on the host, γ' (eq. 2), the mean over query heads;
+        NaN for a sequence that is left whole.
+    keep: `[num_layers, num_seqs]` int64 on the host, tokens kept by each KV head.
+    indices: `[total_kept]` int32, the kept positions, packed by layer, sequence and KV head;
+        relative to a sequence's first real token, ascending.
+    cu_kept: `[num_layers * num_seqs * num_kv_heads + 1]` int32, where they start.
+    """
+
+    prompt: Prompt
+    num_kv_heads: int
+    sparsity: Tensor
+    keep: Tensor
+    indices: Tensor
+    cu_kept: Tensor
+
+    def kept_positions(self, layer: int, seq: int) -> Tensor:
+        """`[num_kv_heads, keep[layer, seq]]` int32 on the device, ascending along the last
+        dimension; `layer` counts the compressed layers."""
+        before = self.keep[:layer].sum() + self.keep[layer, :seq].sum()
+        count = int(self.keep[layer, seq])
+        start = int(before) * self.num_kv_heads
+        return self.indices[start : start + count * self.num_kv_heads].view(-1, count)
+
+    def layer_cu_kept(self, layer: int) -> Tensor:
+        """This layer's `[num_seqs * num_kv_heads + 1]` part of cu_kept."""
+        width = self.keep.shape[1] * self.num_kv_heads
+        return self.cu_kept[layer * width : (layer + 1) * width + 1]
+
+
+def make_plan(
+    stats: Sequence[PostVisionStats], prompt: Prompt, config: VLCacheConfig, backend: Backend
+) -> CompressionPlan:
+    """Budgets from sparsity (eq. 2, Algorithm 1), then Top-K of the scores (recipe steps 3 to 5).
+
+    Args:
+        stats: of each layer, over the rows that `prompt.cu_seqlens` describes.
+
+    Cost: one host sync (the counts); time linear in num_layers * num_kv_heads * total_k.
+    """
+    scores = torch.stack([s.scores for s in stats])  # [num_layers, num_kv_heads, total_k]
+    num_layers, num_kv_heads, _ = scores.shape
+    device = scores.device
+    if config.granularity == "layer":
+        scores = scores.mean(1, keepdim=True).expand_as(scores).contiguous()
+    retained = torch.stack([s.retained for s in stats]).double().mean(-1)[:, prompt.segments]
+    density = (retained / stats[0].visible[prompt.segments]).cpu()  # 0 / 0 where left whole
+    lengths = torch.tensor(prompt.lengths)
+    keep = layer_budgets(density.nan_to_num(1.0), lengths, config)
+    keep = torch.where(torch.tensor(prompt.query_rows) == 0, lengths, keep)
+    # 10 % of the layer's budget, rounded half up, at least the prompt's last token (recipe).
+    recent = (config.recent_fraction * keep.double() + 0.5).floor().clamp(min=1).minimum(keep)
+
+    cu_seqlens = prompt.cu_seqlens(device)[1]
+    counts = torch.zeros(2, num_layers, len(cu_seqlens) - 1, dtype=torch.int32)
+    counts[:, :, prompt.segments] = torch.stack([keep, recent.long()]).int()  # pads keep nothing
+    counts = counts.to(device)
+    indices, cu_kept = backend.select_tokens(
+        scores,
+        cu_seqlens,
+        counts[0],
+        counts[1],
+        max_seqlen=prompt.padded_length,
+        total_kept=num_kv_heads * int(keep.sum()),
+    )
+    starts = cu_kept[:-1].view(num_layers, -1, num_kv_heads)[:, prompt.segments].reshape(-1)
+    cu_kept = torch.cat([starts, cu_kept[-1:]])  # runs of pads are empty segments: leave them out
+    return CompressionPlan(prompt, num_kv_heads, 1.0 - density, keep, indices, cu_kept)
