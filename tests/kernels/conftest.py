@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,3 +31,21 @@ def poisoned_memory():
     assert torch.empty(1).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreted_bfloat16():
+    """Triton's interpreter multiplies the bit patterns of bf16 (triton#11584): widen them first."""
+    create_dot = InterpreterBuilder.create_dot
+
+    def widen(x: TensorHandle) -> TensorHandle:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_widened_dot(self, a, b, *args):
+        return create_dot(self, widen(a), widen(b), *args)
+
+    InterpreterBuilder.create_dot = create_widened_dot
+    yield
+    InterpreterBuilder.create_dot = create_dot

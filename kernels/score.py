@@ -1,0 +1,270 @@
+"""Fused sparsity measure and token scores from the post-vision rows (Tu et al., ICLR 2025).
+
+Eq. 1 and 2 and the accumulated post-vision attention in two passes over the keys. The τ x m
+attention matrix never exists in memory, K is read once per KV head and pass, and nothing adds
+floats atomically, so two runs agree bit for bit.
+
+1. Rows: maximum and normaliser of every query row, split over the keys so that one long prompt
+   fills the GPU; a small kernel combines the splits in a fixed order.
+2. Columns: each program owns a block of keys, recomputes their logits for all query rows, sums
+   the probabilities over rows and counts the entries that pass the filter.
+
+Both passes hold one operand of the product and stream the other, and reduce along the streamed
+one, which is the cheap direction in the tensor cores' register layout.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .score_kernels import _column_kernel, _combine_kernel, _row_kernel
+from .validate import expect, expect_float, expect_int32, expect_same_device, num_multiprocessors
+
+MAX_SPLITS = 128  # the combine kernel holds all splits of a row at once
+
+
+class PostVisionStats(NamedTuple):
+    """What the post-vision query rows say about the keys of one layer.
+
+    scores: `[num_kv_heads, total_k]` fp32, ψ: the attention that each key receives from the
+        query rows, summed over rows and averaged over the query heads of its KV head. 0 for rows
+        that belong to no live key.
+    retained: `[num_seqs, num_heads]` int64, the entries that pass the ThresholdFilter.
+    visible: `[num_seqs]` int64, the causally visible entries of one head; sparsity (eq. 2) is
+        γ' = 1 - retained / visible.
+    """
+
+    scores: Tensor
+    retained: Tensor
+    visible: Tensor
+
+
+class RowPass(NamedTuple):
+    """Launch of the row pass: each program takes BLOCK_M rows and split_size keys."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+    num_row_blocks: int
+    num_splits: int
+    split_size: int
+
+
+class ColumnPass(NamedTuple):
+    """Launch of the column pass: each program takes BLOCK_N keys and streams BLOCK_M rows."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+def row_pass_launch(
+    head_size: int,
+    itemsize: int,
+    group: int,
+    num_kv_heads: int,
+    total_q: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    multiprocessors: int,
+) -> RowPass:
+    """Block sizes by the bytes of a head, splits so that two programs run on each multiprocessor.
+
+    Only the number of rows above or below 64, never a length of keys, changes what is compiled.
+    """
+    row_bytes = padded(head_size) * itemsize
+    big = max_seqlen_q * group > 64 and row_bytes <= 256
+    block_m = max(128 if big else 64, triton.next_power_of_2(group))
+    block_n = 64 if row_bytes <= 512 else 32
+    # Rows of all sequences, as if packed without gaps: sequences without rows take no programs.
+    programs = triton.cdiv(max(total_q * group, 1), block_m) * num_kv_heads
+    key_blocks = max(triton.cdiv(max_seqlen_k, block_n), 1)
+    num_splits = max(min(2 * multiprocessors // programs, key_blocks, MAX_SPLITS), 1)
+    split_size = triton.cdiv(key_blocks, num_splits) * block_n
+    return RowPass(
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=8 if big else 4,
+        num_stages=3 if row_bytes <= 256 else 2,
+        num_row_blocks=max(triton.cdiv(max_seqlen_q * group, block_m), 1),
+        num_splits=max(triton.cdiv(max_seqlen_k, split_size), 1),
+        split_size=split_size,
+    )
+
+
+def column_pass_launch(head_size: int, itemsize: int, group: int) -> ColumnPass:
+    """Block sizes by the bytes of a head alone."""
+    row_bytes = padded(head_size) * itemsize
+    return ColumnPass(
+        BLOCK_M=max(64 if row_bytes <= 512 else 32, triton.next_power_of_2(group)),
+        BLOCK_N=128 if row_bytes <= 256 else 64,
+        num_warps=4,
+        num_stages=2,
+    )
+
+
+def padded(head_size: int) -> int:
+    """The head size as the tiles have it: a power of two that a matrix product takes."""
+    return max(16, triton.next_power_of_2(head_size))
+
+
+def post_vision_stats(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    softmax_scale: float | None = None,
+    threshold: float = 0.01,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+) -> PostVisionStats:
+    """Sparsity counts (eq. 1 and 2) and token scores ψ of one layer.
+
+    The causal mask is aligned bottom-right: the last query row sees every key of its sequence. An
+    entry passes the filter when its logit is within ln(threshold) of its row's maximum. A
+    left-padded batch is expressed by giving each run of pads a sequence of its own that has no
+    query rows.
+
+    Args:
+        q: `[total_q, num_heads, d]` fp16, bf16 or fp32, the post-vision rows only, packed, after
+            RoPE; d from 1 to 256.
+        k: `[total_k, num_kv_heads, d]`, or pages `[num_blocks, page_size, num_kv_heads, d]`, of
+            q's dtype; any strides whose last is 1.
+        cu_seqlens_q, cu_seqlens_k: `[num_seqs + 1]` int32. With pages, cu_seqlens_k places the
+            sequences in `scores` (width num_seqs * max_seqlen_k) and bounds their lengths.
+        max_seqlen_q, max_seqlen_k: host upper bounds of the lengths.
+        softmax_scale: above 0; default 1 / sqrt(d).
+        threshold: p of eq. 1, above 0 and at most 1.
+        seqused_k: `[num_seqs]` int32, live keys of each sequence; default all.
+        block_table: `[num_seqs, max_blocks]` int32, the pages of each sequence in order.
+
+    Raises:
+        ValueError: an argument that does not fit the others, by name.
+        NotImplementedError: a dtype that is not fp16, bf16 or fp32, or a head size above 256.
+    """
+    _validate(q, k, cu_seqlens_q, cu_seqlens_k, softmax_scale, threshold, seqused_k, block_table)
+    total_q, num_heads, d = q.shape
+    num_kv_heads = k.shape[-2]
+    group = num_heads // num_kv_heads
+    num_seqs = cu_seqlens_q.shape[0] - 1
+    scale = d**-0.5 if softmax_scale is None else softmax_scale
+    total_k = k.shape[0] if block_table is None else num_seqs * max_seqlen_k
+    rows = row_pass_launch(
+        d,
+        q.element_size(),
+        group,
+        num_kv_heads,
+        total_q,
+        max_seqlen_q,
+        max_seqlen_k,
+        num_multiprocessors(q.device),
+    )
+    columns = column_pass_launch(d, q.element_size(), group)
+
+    float32 = {"dtype": torch.float32, "device": q.device}
+    scores = torch.zeros(num_kv_heads, total_k, **float32)
+    retained = torch.empty(num_seqs, num_heads, dtype=torch.int64, device=q.device)
+    visible = torch.empty(num_seqs, dtype=torch.int64, device=q.device)
+    # Maximum and sum of each split; then bound and log-sum-exp of each row.
+    partials = torch.empty(2, rows.num_splits, total_q * num_heads, **float32)
+    row_stats = torch.empty(2, total_q * num_heads, **float32)
+
+    shared = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "cu_seqlens_q_ptr": cu_seqlens_q,
+        "cu_seqlens_k_ptr": cu_seqlens_k,
+        "seqused_k_ptr": seqused_k,
+        "block_table_ptr": block_table,
+        "retained_ptr": retained,
+        "scale_log2": scale * math.log2(math.e),
+        "num_rows": total_q * num_heads,
+        "max_blocks": 0 if block_table is None else block_table.shape[1],
+        "stride_q_row": q.stride(0),
+        "stride_q_head": q.stride(1),
+        "stride_k_page": 0 if block_table is None else k.stride(0),
+        "stride_k_row": k.stride(-3),
+        "stride_k_head": k.stride(-2),
+        "PAGE_SIZE": 1 if block_table is None else k.shape[1],
+        "HEAD_SIZE": d,
+        "D": padded(d),
+        "GROUP": group,
+    }
+    _row_kernel[(rows.num_row_blocks * rows.num_splits, num_kv_heads, num_seqs)](
+        **shared,
+        visible_ptr=visible,
+        partials_ptr=partials,
+        num_row_blocks=rows.num_row_blocks,
+        num_splits=rows.num_splits,
+        split_size=rows.split_size,
+        BLOCK_M=rows.BLOCK_M,
+        BLOCK_N=rows.BLOCK_N,
+        num_warps=rows.num_warps,
+        num_stages=rows.num_stages,
+    )
+    block = 32
+    _combine_kernel[(triton.cdiv(total_q * num_heads, block),)](
+        partials_ptr=partials,
+        row_stats_ptr=row_stats,
+        scale_log2=scale * math.log2(math.e),
+        margin=math.log(threshold) / scale,
+        num_rows=total_q * num_heads,
+        num_splits=rows.num_splits,
+        MAX_SPLITS=MAX_SPLITS,
+        BLOCK=block,
+        num_warps=4,
+    )
+    _column_kernel[(triton.cdiv(max_seqlen_k, columns.BLOCK_N), num_kv_heads, num_seqs)](
+        **shared,
+        row_stats_ptr=row_stats,
+        scores_ptr=scores,
+        total_k=total_k,
+        GROUP_PADDED=triton.next_power_of_2(group),
+        **columns._asdict(),
+    )
+    return PostVisionStats(scores, retained, visible)
+
+
+def _validate(q, k, cu_seqlens_q, cu_seqlens_k, softmax_scale, threshold, seqused_k, block_table):
+    expect_same_device(
+        q=q,
+        k=k,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        seqused_k=seqused_k,
+        block_table=block_table,
+    )
+    expect(q.dim() == 3, "q", f"shape {tuple(q.shape)}", "[total_q, num_heads, d]")
+    paged = block_table is not None
+    layout = "[num_blocks, page_size, num_kv_heads, d]" if paged else "[total_k, num_kv_heads, d]"
+    expect(k.dim() == (4 if paged else 3), "k", f"shape {tuple(k.shape)}", layout)
+    expect_float("q", q)
+    expect_float("k", k)
+    expect(k.dtype == q.dtype, "k", f"dtype {k.dtype}", f"{q.dtype}, as q")
+    num_heads, d = q.shape[1:]
+    if d > 256:
+        raise NotImplementedError(f"q: got head size {d}, expected at most 256")
+    expect(k.shape[-1] == d, "k", f"head size {k.shape[-1]}", f"{d}, as q")
+    multiple = k.shape[-2] > 0 and num_heads % k.shape[-2] == 0
+    expect(multiple, "k", f"{k.shape[-2]} heads", f"a divisor of q's {num_heads} heads")
+    num_seqs = cu_seqlens_q.shape[0] - 1
+    expect_int32("cu_seqlens_q", cu_seqlens_q, (num_seqs + 1,))
+    expect_int32("cu_seqlens_k", cu_seqlens_k, (num_seqs + 1,))
+    if seqused_k is not None:
+        expect_int32("seqused_k", seqused_k, (num_seqs,))
+    if paged:
+        expect_int32("block_table", block_table, (num_seqs, block_table.shape[-1]))
+    # The filter compares raw logits, which a scale below 0 would turn round.
+    positive = softmax_scale is None or softmax_scale > 0
+    expect(positive, "softmax_scale", softmax_scale, "a number above 0")
+    expect(0 < threshold <= 1, "threshold", threshold, "a number above 0 and at most 1")

@@ -1,0 +1,292 @@
+"""Device code of score.py: the row pass, the combination of its splits, and the column pass."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _bounds(cu_seqlens_q_ptr, cu_seqlens_k_ptr, seqused_k_ptr, seq):
+    """Start and length of the sequence's rows and live keys."""
+    start_q = tl.load(cu_seqlens_q_ptr + seq)
+    start_k = tl.load(cu_seqlens_k_ptr + seq)
+    n_q = tl.load(cu_seqlens_q_ptr + seq + 1) - start_q
+    n_k = tl.load(cu_seqlens_k_ptr + seq + 1) - start_k
+    if seqused_k_ptr is not None:
+        n_k = tl.minimum(n_k, tl.load(seqused_k_ptr + seq))
+    return start_q, n_q, start_k, n_k
+
+
+@triton.jit
+def _load_keys(
+    k_ptr,  # at the KV head
+    block_table_ptr,  # at the sequence's row, or None
+    keys,  # [BLOCK_N], positions in the sequence
+    start_k,
+    n_k,
+    stride_k_page,
+    stride_k_row,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Keys of one head `[BLOCK_N, D]`, 0 beyond the live ones and beyond the head size."""
+    live = keys < n_k
+    if block_table_ptr is None:
+        offsets = (start_k + keys).to(tl.int64) * stride_k_row
+    else:
+        page = tl.load(block_table_ptr + keys // PAGE_SIZE, mask=live, other=0).to(tl.int64)
+        offsets = page * stride_k_page + (keys % PAGE_SIZE).to(tl.int64) * stride_k_row
+    dims = tl.arange(0, D)
+    mask = live[:, None]
+    if D > HEAD_SIZE:
+        mask = mask & (dims < HEAD_SIZE)[None, :]
+    return tl.load(k_ptr + offsets[:, None] + dims[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_queries(
+    q_ptr,  # at the KV head's first query head
+    tokens,  # [BLOCK_M], rows of q
+    heads,  # [BLOCK_M], query heads within the group
+    live,  # [BLOCK_M]
+    stride_q_row,
+    stride_q_head,
+    HEAD_SIZE: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Query rows `[BLOCK_M, D]`, 0 where not live and beyond the head size."""
+    offsets = tokens.to(tl.int64) * stride_q_row + heads.to(tl.int64) * stride_q_head
+    dims = tl.arange(0, D)
+    mask = live[:, None]
+    if D > HEAD_SIZE:
+        mask = mask & (dims < HEAD_SIZE)[None, :]
+    return tl.load(q_ptr + offsets[:, None] + dims[None, :], mask=mask, other=0.0)
+
+
+@triton.jit(
+    do_not_specialize=["num_rows", "max_blocks", "num_row_blocks", "num_splits", "split_size"]
+)
+def _row_kernel(
+    q_ptr,  # [total_q, num_heads, d]
+    k_ptr,  # [total_k, num_kv_heads, d] or pages
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    seqused_k_ptr,
+    block_table_ptr,
+    retained_ptr,  # [num_seqs, num_heads], set to 0 here for the column pass
+    visible_ptr,  # [num_seqs]
+    partials_ptr,  # [2, num_splits, num_rows]: maxima of the raw logits, then sums
+    scale_log2,
+    num_rows,
+    max_blocks,
+    num_row_blocks,
+    num_splits,
+    split_size,
+    stride_q_row,
+    stride_q_head,
+    stride_k_page,
+    stride_k_row,
+    stride_k_head,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Maximum and normaliser over one split of the keys, for BLOCK_M (query row, head) pairs."""
+    # Row blocks vary fastest, so that those of one split find its keys in the L2 cache.
+    row_block, split = tl.program_id(0) % num_row_blocks, tl.program_id(0) // num_row_blocks
+    head, seq = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    num_heads = tl.num_programs(1) * GROUP
+    start_q, n_q, start_k, n_k = _bounds(cu_seqlens_q_ptr, cu_seqlens_k_ptr, seqused_k_ptr, seq)
+
+    if tl.program_id(0) == 0:
+        for i in tl.static_range(GROUP):
+            tl.store(retained_ptr + seq * num_heads + head * GROUP + i, 0)
+        if head == 0:
+            # Row i sees n_k - n_q + i + 1 keys; only the last n_k rows see any.
+            seeing = tl.minimum(n_q, n_k).to(tl.int64)
+            tl.store(visible_ptr + seq, seeing * (n_k - seeing) + seeing * (seeing + 1) // 2)
+
+    if (row_block * BLOCK_M < n_q * GROUP) & (n_k > 0):
+        if block_table_ptr is not None:
+            block_table_ptr += seq * max_blocks
+        rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+        tokens, heads = rows // GROUP, rows % GROUP
+        live = tokens < n_q
+        q = _load_queries(
+            q_ptr + head * GROUP * stride_q_head,
+            start_q + tokens,
+            heads,
+            live,
+            stride_q_row,
+            stride_q_head,
+            HEAD_SIZE,
+            D,
+        )
+        last_key = n_k - n_q + tokens
+        seen_by_all = tl.maximum(n_k - n_q + row_block * BLOCK_M // GROUP + 1, 0)
+        begin = split * split_size
+        end = tl.minimum(begin + split_size, n_k)
+        full = tl.maximum(tl.minimum(seen_by_all, end) // BLOCK_N * BLOCK_N, begin)
+
+        row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+        row_sum = tl.zeros((BLOCK_M,), tl.float32)
+        for masked in tl.static_range(2):  # keys that all rows see, then the others
+            for start in range(full if masked else begin, end if masked else full, BLOCK_N):
+                keys = start + tl.arange(0, BLOCK_N)
+                k = _load_keys(
+                    k_ptr + head * stride_k_head,
+                    block_table_ptr,
+                    keys,
+                    start_k,
+                    n_k,
+                    stride_k_page,
+                    stride_k_row,
+                    PAGE_SIZE,
+                    HEAD_SIZE,
+                    D,
+                )
+                logits = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+                if masked:
+                    logits = tl.where(keys[None, :] <= last_key[:, None], logits, -float("inf"))
+                new_max = tl.maximum(row_max, tl.max(logits, 1))
+                shift = new_max
+                if masked:  # a row that has seen no key yet: exp2(-inf - 0) is 0, not NaN
+                    shift = tl.where(new_max == -float("inf"), 0.0, new_max)
+                weights = tl.exp2(logits * scale_log2 - (shift * scale_log2)[:, None])
+                row_sum = row_sum * tl.exp2((row_max - shift) * scale_log2) + tl.sum(weights, 1)
+                row_max = new_max
+
+        row = (start_q + tokens).to(tl.int64) * num_heads + head * GROUP + heads
+        partial = partials_ptr + tl.cast(num_rows, tl.int64) * split + row
+        tl.store(partial, row_max, mask=live)
+        tl.store(partial + tl.cast(num_rows, tl.int64) * num_splits, row_sum, mask=live)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_splits"])
+def _combine_kernel(
+    partials_ptr,  # [2, num_splits, num_rows]: maxima of the raw logits, then sums
+    row_stats_ptr,  # [2, num_rows]: the least logit that passes the filter, then log2-sum-exp2
+    scale_log2,
+    margin,  # ln(threshold) in units of raw logits
+    num_rows,
+    num_splits,
+    MAX_SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One maximum and normaliser for each row out of those of its splits, in their order."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    splits = tl.arange(0, MAX_SPLITS)
+    mask = (splits < num_splits)[:, None] & (rows < num_rows)[None, :]
+    partial = partials_ptr + splits[:, None] * tl.cast(num_rows, tl.int64) + rows[None, :]
+    maxima = tl.load(partial, mask=mask, other=-float("inf"))  # [MAX_SPLITS, BLOCK]
+    sums = tl.load(partial + tl.cast(num_rows, tl.int64) * num_splits, mask=mask, other=0.0)
+    row_max = tl.max(maxima, 0)
+    sees_none = row_max == -float("inf")
+    shift = tl.where(sees_none, 0.0, row_max)
+    total = tl.sum(sums * tl.exp2((maxima - shift[None, :]) * scale_log2), 0)
+    # +inf makes every probability of a row that sees no key 0, and lets none of its entries pass.
+    bound = tl.where(sees_none, float("inf"), row_max + margin)
+    lse = shift * scale_log2 + tl.log2(tl.where(sees_none, 1.0, total))
+    lse = tl.where(sees_none, float("inf"), lse)
+    tl.store(row_stats_ptr + rows, bound, mask=rows < num_rows)
+    tl.store(row_stats_ptr + num_rows + rows, lse, mask=rows < num_rows)
+
+
+@triton.jit(do_not_specialize=["num_rows", "max_blocks", "total_k"])
+def _column_kernel(
+    q_ptr,  # [total_q, num_heads, d]
+    k_ptr,  # [total_k, num_kv_heads, d] or pages
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    seqused_k_ptr,
+    block_table_ptr,
+    retained_ptr,  # [num_seqs, num_heads]
+    row_stats_ptr,  # [2, num_rows]
+    scores_ptr,  # [num_kv_heads, total_k]
+    scale_log2,
+    num_rows,
+    max_blocks,
+    total_k,
+    stride_q_row,
+    stride_q_head,
+    stride_k_page,
+    stride_k_row,
+    stride_k_head,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,  # a power of two, so that a column of the tile is always one head
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Scores of BLOCK_N keys of one KV head, and how many of their entries pass the filter."""
+    head, seq = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    num_heads = tl.num_programs(1) * GROUP
+    start_q, n_q, start_k, n_k = _bounds(cu_seqlens_q_ptr, cu_seqlens_k_ptr, seqused_k_ptr, seq)
+    first_key = tl.program_id(0) * BLOCK_N
+    if (first_key < n_k) & (n_q > 0):
+        if block_table_ptr is not None:
+            block_table_ptr += seq * max_blocks
+        keys = first_key + tl.arange(0, BLOCK_N)
+        k = _load_keys(
+            k_ptr + head * stride_k_head,
+            block_table_ptr,
+            keys,
+            start_k,
+            n_k,
+            stride_k_page,
+            stride_k_row,
+            PAGE_SIZE,
+            HEAD_SIZE,
+            D,
+        )
+        # Row i sees the keys up to n_k - n_q + i.
+        sees_first = tl.maximum(first_key - (n_k - n_q), 0) * GROUP_PADDED
+        sees_last = tl.maximum(first_key + BLOCK_N - 1 - (n_k - n_q), 0) * GROUP_PADDED
+        begin = sees_first // BLOCK_M * BLOCK_M
+        end = tl.cdiv(n_q * GROUP_PADDED, BLOCK_M) * BLOCK_M
+        full = tl.minimum(tl.cdiv(sees_last, BLOCK_M) * BLOCK_M, end)
+
+        column = tl.zeros((BLOCK_N,), tl.float32)
+        counts = tl.zeros((BLOCK_N, GROUP_PADDED), tl.int32)
+        for unmasked in tl.static_range(2):  # rows that see some of the keys, then all of them
+            for start in range(full if unmasked else begin, end if unmasked else full, BLOCK_M):
+                rows = start + tl.arange(0, BLOCK_M)
+                tokens, heads = rows // GROUP_PADDED, rows % GROUP_PADDED
+                live = (tokens < n_q) & (heads < GROUP)
+                q = _load_queries(
+                    q_ptr + head * GROUP * stride_q_head,
+                    start_q + tokens,
+                    heads,
+                    live,
+                    stride_q_row,
+                    stride_q_head,
+                    HEAD_SIZE,
+                    D,
+                )
+                row = (start_q + tokens).to(tl.int64) * num_heads + head * GROUP + heads
+                bound = tl.load(row_stats_ptr + row, mask=live, other=float("inf"))
+                lse = tl.load(row_stats_ptr + num_rows + row, mask=live, other=float("inf"))
+                logits = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+                if not unmasked:
+                    last_key = n_k - n_q + tokens
+                    logits = tl.where(keys[:, None] <= last_key[None, :], logits, -float("inf"))
+                column += tl.sum(tl.exp2(logits * scale_log2 - lse[None, :]), 1)
+                passes = (logits >= bound[None, :]).to(tl.int32)
+                passes = passes.reshape(BLOCK_N, BLOCK_M // GROUP_PADDED, GROUP_PADDED)
+                counts += tl.sum(passes, 1)
+
+        score = scores_ptr + head * total_k + start_k + keys
+        tl.store(score, column / GROUP, mask=keys < n_k)
+        heads = tl.arange(0, GROUP_PADDED)
+        # Integers add up to the same whatever the order.
+        tl.atomic_add(
+            retained_ptr + seq * num_heads + head * GROUP + heads,
+            tl.sum(counts, 0).to(tl.int64),
+            mask=heads < GROUP,
+            sem="relaxed",
+        )
