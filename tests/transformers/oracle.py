@@ -1,0 +1,173 @@
+"""VL-Cache computed the slow and obvious way, on the stock model with its full cache.
+
+`kept_tokens` reads the eager attention maps of a prefill and works out, step by step of the recipe,
+which tokens stay. `evicted` then runs the stock model in eager attention with its own
+DynamicCache, where every later forward masks what was dropped. Nothing here comes from the
+package but `layer_budgets`, which has tests of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from families import Family
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+from vlcache_triton import VLCacheConfig, layer_budgets
+
+#: For each layer of the model: None where all is kept, else bool [num_seqs, num_kv_heads, prompt].
+Kept = list[Tensor | None]
+
+_NAME = "masked_oracle"
+_kept: Kept | None = None
+
+
+def kept_tokens(family: Family, inputs: dict[str, Tensor], config: VLCacheConfig) -> Kept:
+    """What each compressible layer keeps of these prompts; left pads are never kept."""
+    maps = attention_maps(family, inputs)
+    ids = inputs["input_ids"]
+    starts = (inputs["attention_mask"] == 0).sum(1).tolist()
+    layer_types = getattr(family.text_config, "layer_types", None) or ["full_attention"] * len(maps)
+    full = [i for i, kind in enumerate(layer_types) if kind == "full_attention"]
+    kept: Kept = [None] * len(maps)
+    for i in full:
+        num_kv_heads = family.text_config.num_key_value_heads
+        kept[i] = torch.zeros(len(ids), num_kv_heads, ids.shape[1], dtype=torch.bool)
+    for b, start in enumerate(starts):
+        length = ids.shape[1] - start
+        rows = query_rows(family, inputs, b, config)
+        if rows is None or config.is_lossless:
+            for i in full:
+                kept[i][b, :, start:] = True
+            continue
+        attention = [maps[i][b, :, start:, start:][:, rows].double() for i in full]
+        density = torch.tensor([[1 - sparsity(a, rows, config.threshold)] for a in attention])
+        budgets = layer_budgets(density, torch.tensor([length]), config).flatten().tolist()
+        for i, a, budget in zip(full, attention, budgets, strict=True):
+            kept[i][b, :, start:] = top_tokens(a, budget, kept[i].shape[1], config)
+    return kept
+
+
+def attention_maps(family: Family, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Each layer's eager attention of the prefill that generate makes, [num_seqs, heads, m, m]."""
+    with attention_implementation(family, "eager"):
+        out = family.model.generate(
+            **inputs, max_new_tokens=1, output_attentions=True, return_dict_in_generate=True
+        )
+    return list(out.attentions[0])
+
+
+def query_rows(
+    family: Family, inputs: dict[str, Tensor], seq: int, config: VLCacheConfig
+) -> range | None:
+    """The post-vision rows of a prompt, pads not counted; None where it is left alone."""
+    real = inputs["attention_mask"][seq] == 1
+    ids = inputs["input_ids"][seq, real]
+    length = len(ids)
+    vision = ids == family.model.config.image_token_id
+    if hasattr(family.model.config, "video_token_id"):
+        vision |= ids == family.model.config.video_token_id
+    if "mm_token_type_ids" in inputs:
+        vision |= inputs["mm_token_type_ids"][seq, real] > 0
+    if not vision.any():
+        if config.text_window is None:
+            return None
+        return range(max(0, length - config.text_window), length)
+    first = min(int(vision.nonzero().max()) + 1, length - 1)  # an image at the end: the last row
+    if config.max_query_rows is not None:
+        first = max(first, length - config.max_query_rows)
+    return range(first, length)
+
+
+def sparsity(attention: Tensor, rows: range, threshold: float) -> float:
+    """Equations 1 and 2: the share of the visible entries that the ThresholdFilter zeroes."""
+    visible = torch.zeros(len(rows), attention.shape[-1], dtype=torch.bool)
+    for j, row in enumerate(rows):
+        visible[j, : row + 1] = True
+    largest = attention.masked_fill(~visible, 0).amax(-1, keepdim=True)
+    zeroed = (attention < threshold * largest) & visible
+    return float((zeroed.sum((1, 2)) / visible.sum()).mean())  # mean over the query heads
+
+
+def top_tokens(attention: Tensor, budget: int, num_kv_heads: int, config: VLCacheConfig) -> Tensor:
+    """Bool [num_kv_heads, length]: the recent window, then the highest accumulated attention."""
+    num_heads, _, length = attention.shape
+    score = attention.sum(1)  # [num_heads, length]
+    score = score.view(num_kv_heads, num_heads // num_kv_heads, length).mean(1)
+    if config.granularity == "layer":
+        score = score.mean(0, keepdim=True).expand(num_kv_heads, -1)
+    recent = min(budget, max(1, math.floor(config.recent_fraction * budget + 0.5)))
+    kept = torch.zeros(num_kv_heads, length, dtype=torch.bool)
+    kept[:, length - recent :] = True
+    for head in range(num_kv_heads):
+        older = score[head, : length - recent].tolist()
+        order = sorted(range(len(older)), key=lambda j: (-older[j], j))
+        kept[head, order[: budget - recent]] = True
+    return kept
+
+
+def positions(kept: Kept, inputs: dict[str, Tensor], layer: int, seq: int) -> Tensor:
+    """Kept positions [num_kv_heads, n] of a layer, counted from the sequence's first real token."""
+    start = int((inputs["attention_mask"][seq] == 0).sum())
+    return torch.stack([head.nonzero().flatten() - start for head in kept[layer][seq]])
+
+
+@contextmanager
+def evicted(family: Family, kept: Kept, copies: int = 1) -> Iterator[None]:
+    """In this block the model's forwards after the prefill do not see what `kept` leaves out.
+
+    `copies`: beams or returned sequences of each prompt; they share its prefill.
+    """
+    global _kept
+    _kept = [k if k is None else k.repeat_interleave(copies, 0) for k in kept]
+    try:
+        with attention_implementation(family, _NAME):
+            yield
+    finally:
+        _kept = None
+
+
+@contextmanager
+def attention_implementation(family: Family, name: str) -> Iterator[None]:
+    """The decoder's attention is `name` in this block; the vision tower's stays."""
+    config = family.model.config
+    key = next(key for key in config.sub_configs if getattr(config, key) is family.text_config)
+    before = family.text_config._attn_implementation
+    family.model.set_attn_implementation({key: name})
+    try:
+        yield
+    finally:
+        family.model.set_attn_implementation({key: before})
+
+
+def _masked_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Eager attention; past the prefill, evicted prompt tokens are masked for each KV head."""
+    assert kwargs.get("softcap") is None
+    group = query.shape[1] // key.shape[1]
+    logits = query @ key.repeat_interleave(group, 1).transpose(2, 3) * scaling
+    logits = logits + attention_mask[..., : key.shape[2]]
+    kept = _kept[module.layer_idx]
+    if kept is not None and key.shape[2] > kept.shape[2]:
+        prompt = kept.repeat_interleave(group, 1)[:, :, None]  # [num_seqs, num_heads, 1, prompt]
+        logits[..., : kept.shape[2]].masked_fill_(~prompt, -math.inf)
+    weights = logits.softmax(-1)
+    out = weights @ value.repeat_interleave(group, 1)
+    return out.transpose(1, 2).contiguous(), weights
+
+
+AttentionInterface.register(_NAME, _masked_attention)
+AttentionMaskInterface.register(_NAME, eager_mask)

@@ -1,0 +1,117 @@
+"""What cannot be compressed is refused by name, before any work, and the model stays as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checks import GREEDY, assert_same_run, nothing_computed
+from families import LONG, SHORT, build
+
+from vlcache_triton.integrations.transformers import vl_cache
+
+REFUSED = (NotImplementedError, ValueError)
+
+ARGUMENTS = {
+    "assistant_model": dict(assistant_model=...),
+    "prompt_lookup_num_tokens": dict(prompt_lookup_num_tokens=3),
+    "prefill_chunk_size": dict(prefill_chunk_size=8),
+    "use_cache": dict(use_cache=False),
+    "output_attentions": dict(output_attentions=True),
+    "cache_implementation": dict(cache_implementation="static"),
+}
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"], indirect=True)
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_an_argument_of_generate(family, name):
+    arguments = dict(ARGUMENTS[name])
+    if name == "assistant_model":
+        arguments[name] = build(family.name).model
+    inputs = family.inputs(LONG)
+    with nothing_computed(family.model), vl_cache(family.model, budget=0.4) as session:
+        with pytest.raises(REFUSED, match=name):
+            family.model.generate(**inputs, max_new_tokens=3, **arguments)
+        assert session.report() is None
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"], indirect=True)
+def test_a_bad_argument_does_not_spoil_the_next_call(family):
+    inputs = family.inputs(LONG)
+    with vl_cache(family.model, budget=0.4):
+        expected = family.model.generate(**inputs, **GREEDY)
+        with pytest.raises(REFUSED):
+            family.model.generate(**inputs, **GREEDY, prefill_chunk_size=8)
+        assert_same_run(family.model.generate(**inputs, **GREEDY), expected, 0.0)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"], indirect=True)
+def test_right_padding(family):
+    inputs = family.inputs(LONG, SHORT)
+    pads = int((inputs["attention_mask"][1] == 0).sum())
+    for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        if key in inputs:
+            inputs[key][1] = inputs[key][1].roll(-pads)
+    with nothing_computed(family.model), vl_cache(family.model, budget=0.4) as session:
+        with pytest.raises(REFUSED, match="attention_mask"):
+            family.model.generate(**inputs, **GREEDY)
+        with pytest.raises(REFUSED, match="attention_mask"), torch.no_grad():
+            family.model(**inputs, past_key_values=session.new_cache(max_new_tokens=4))
+
+
+def test_a_hole_in_the_attention_mask(family):
+    inputs = family.inputs(LONG)
+    inputs["attention_mask"][0, 4] = 0
+    refused = pytest.raises(REFUSED, match="attention_mask")
+    with nothing_computed(family.model), vl_cache(family.model, budget=0.4), refused:
+        family.model.generate(**inputs, **GREEDY)
+
+
+def test_embeddings_without_token_ids(family):
+    """Where the image is cannot be seen in them."""
+    embeddings = torch.randn(1, 6, 64)
+    with nothing_computed(family.model), vl_cache(family.model, budget=0.4) as session:
+        with pytest.raises(REFUSED, match="inputs_embeds"):
+            family.model.generate(inputs_embeds=embeddings, max_new_tokens=2)
+        cache = session.new_cache(max_new_tokens=4)
+        with pytest.raises(REFUSED, match="inputs_embeds"), torch.no_grad():
+            family.model(inputs_embeds=embeddings, past_key_values=cache)
+
+
+def test_continuous_batching(family):
+    refused = pytest.raises(REFUSED, match="generate_batch")
+    with nothing_computed(family.model), vl_cache(family.model, budget=0.4), refused:
+        family.model.generate_batch([[1, 5, 6, 7], [1, 9, 10]], max_new_tokens=2)
+
+
+def test_a_crop_of_a_compressed_cache(family):
+    """What was evicted cannot be brought back."""
+    with vl_cache(family.model, budget=0.4) as session:
+        family.model.generate(**family.inputs(LONG), **GREEDY)
+        with pytest.raises(REFUSED):
+            session.cache.crop(10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (dict(budget=0.0), "budget"),
+        (dict(budget=1.5), "budget"),
+        (dict(backend="cuda"), "backend"),
+        (dict(granularity="head"), "granularity"),
+    ],
+)
+def test_a_bad_configuration(family, arguments, name):
+    refused = pytest.raises(ValueError, match=name)
+    with nothing_computed(family.model), refused, vl_cache(family.model, **arguments):
+        pytest.fail("the block was entered")
+
+
+def test_a_second_vl_cache_on_the_same_model(family):
+    inputs = family.inputs(LONG)
+    with vl_cache(family.model, budget=0.4) as session:
+        out = family.model.generate(**inputs, **GREEDY)
+        refused = pytest.raises((RuntimeError, *REFUSED), match="vl_cache")
+        with refused, vl_cache(family.model, budget=0.2):
+            pytest.fail("the block was entered")
+        assert_same_run(family.model.generate(**inputs, **GREEDY), out, 0.0)  # the outer one stands
+        assert session.report().budget == 0.4
