@@ -1,8 +1,7 @@
-"""One layer's compressed cache: every (sequence, KV head) a varlen segment with head room."""
+"""The compressed cache: every (layer, sequence, KV head) a varlen segment of one pool."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
@@ -10,183 +9,196 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import Backend
+from .plan import CompressionPlan
 
 MAX_DECODE_ROWS = 16  # query rows that varlen_decode takes at once
 ROWS_AT_ONCE = 256  # of a long turn; bounds its attention mask
-GROWTH = 128  # rows that a full segment grows by, at least
+GROWTH = 128  # rows that full segments grow by, at least
 
 
-class RaggedKV:
+class RaggedCache:
     """K and V pools `[capacity, 1, d]` that flash-attn's varlen interface can read as they are.
 
     k, v: the pools; rows of a segment behind its live length are undefined.
-    cu_seqlens_k: `[num_segments + 1]` int32, segment starts, head room included.
-    seqused_k: `[num_segments]` int32, live lengths; each append advances them on the device.
-    capacities: rows of each segment, head room included, on the host.
+    cu_seqlens_k: `[num_layers, num_segments + 1]` int32, segment starts, head room included.
+    seqused_k: `[num_layers, num_segments]` int32, live lengths; appends advance them on the
+        device, and nothing on the host depends on them.
+    max_seqlen_k: bound of every segment's rows, head room included.
     room: rows that every segment can still take.
 
-    Segments are ordered by sequence, then KV head. Memory: (kept + head room) rows.
+    A layer's segments are ordered by sequence, then KV head. Memory: (kept + head room) rows.
+
+    Args:
+        capacity: rows of the pools.
+        num_segments: num_seqs * num_kv_heads, of each layer.
+        k_like, v_like: tensors `[..., d]` and `[..., d_v]` that give dtype, device and head sizes.
     """
 
     def __init__(
         self,
-        k: Tensor,
-        v: Tensor,
-        seqused_k: Tensor,
-        capacities: Sequence[int],
-        *,
-        room: int,
+        capacity: int,
+        num_layers: int,
+        num_segments: int,
         num_kv_heads: int,
+        k_like: Tensor,
+        v_like: Tensor,
         backend: Backend,
     ) -> None:
-        self.k, self.v, self.seqused_k = k, v, seqused_k
-        self.capacities, self.room, self.num_kv_heads = list(capacities), room, num_kv_heads
-        self.cu_seqlens_k = _starts(self.capacities, k.device)
-        self.backend = backend
-
-    @classmethod
-    def compact(
-        cls,
-        k: Tensor,
-        v: Tensor,
-        starts: Tensor,
-        indices: Tensor,
-        cu_kept: Tensor,
-        kept: Sequence[int],
-        *,
-        room: int,
-        backend: Backend,
-    ) -> RaggedKV:
-        """Move the kept rows of k and v `[total_k, num_kv_heads, d]` into fresh pools.
-
-        Args:
-            starts: `[num_seqs + 1]` int32, each sequence's first real row in k and v.
-            indices, cu_kept: this layer's part of a plan.
-            kept: tokens kept of each segment, on the host.
-            room: head room of each segment, in rows.
-        """
-        num_kv_heads = k.shape[1]
-        capacities = [n + room for n in kept]
-        total = sum(capacities)
-        out = cls(
-            k.new_empty(total, 1, k.shape[-1]),
-            v.new_empty(total, 1, v.shape[-1]),
-            cu_kept[1:] - cu_kept[:-1],
-            capacities,
-            room=room,
-            num_kv_heads=num_kv_heads,
-            backend=backend,
+        if capacity >= 2**31:
+            raise ValueError(f"capacity: got {capacity} rows, expected fewer than 2**31")
+        device = k_like.device
+        self.k = k_like.new_empty(capacity, 1, k_like.shape[-1])
+        self.v = v_like.new_empty(capacity, 1, v_like.shape[-1])
+        self.cu_seqlens_k = torch.zeros(
+            num_layers, num_segments + 1, dtype=torch.int32, device=device
         )
-        backend.compact_kv(
+        self.seqused_k = torch.zeros(num_layers, num_segments, dtype=torch.int32, device=device)
+        self.num_kv_heads, self.backend = num_kv_heads, backend
+        self.max_seqlen_k = self.room = 0
+        self._one_row = torch.arange(num_segments + 1, dtype=torch.int32, device=device)
+        self._capacities: list[list[int]] = []
+
+    def lay_out(self, plan: CompressionPlan, room: int) -> None:
+        """Place the segments of a new plan, with `room` free rows each; compact_layer fills them.
+
+        Every tensor stays where it is, so that a captured graph may go on reading it.
+        """
+        kept = plan.keep.repeat_interleave(plan.num_kv_heads, 1)  # [num_layers, num_segments]
+        self._place((kept + room).tolist())
+        self.seqused_k.copy_(kept)
+        self.room = room
+
+    def compact_layer(self, layer: int, k: Tensor, v: Tensor, plan: CompressionPlan) -> None:
+        """Move what `plan` keeps of a layer's k, v `[total_k, num_kv_heads, d]` into the pools."""
+        self.backend.compact_kv(
             k,
             v,
-            starts,
-            indices,
-            cu_kept,
-            out.k,
-            out.v,
-            out.cu_seqlens_k,
-            max_kept=max(kept),
+            plan.prompt.starts(k.device),
+            plan.indices,
+            plan.layer_cu_kept(layer),
+            self.k,
+            self.v,
+            self.cu_seqlens_k[layer],
+            max_kept=int(plan.keep[layer].max()),
         )
-        return out
 
     @property
     def nbytes(self) -> int:
         """Bytes of both pools, head room included."""
         return self.k.nbytes + self.v.nbytes
 
-    def append(self, k: Tensor, v: Tensor) -> None:
-        """Write new rows k, v `[num_seqs, num_kv_heads, n, d]` behind the live ones; grow if full.
+    @property
+    def num_seqs(self) -> int:
+        """Sequences of the batch."""
+        return self.seqused_k.shape[1] // self.num_kv_heads
 
-        Without growth: no sync, no allocation.
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Write new rows k, v `[num_seqs, num_kv_heads, n, d]` behind a layer's live ones.
+
+        The caller has seen to room (`reserve`), and takes it off `room` once for all layers.
+        No sync, no allocation.
         """
-        num_seqs, num_kv_heads, n, _ = k.shape
-        if n > self.room:
-            self._grow(max(n, GROWTH, max(self.capacities) // 4))
+        n = k.shape[2]
         self.backend.append_kv(
-            k.reshape(num_seqs * num_kv_heads, n, 1, k.shape[-1]),
-            v.reshape(num_seqs * num_kv_heads, n, 1, v.shape[-1]),
+            k.reshape(-1, n, 1, k.shape[-1]),
+            v.reshape(-1, n, 1, v.shape[-1]),
             self.k,
             self.v,
-            self.cu_seqlens_k,
-            self.seqused_k,
+            self.cu_seqlens_k[layer],
+            self.seqused_k[layer],
         )
-        self.room -= n
 
-    def attend(self, q: Tensor, softmax_scale: float) -> Tensor:
+    def attend(self, layer: int, q: Tensor, softmax_scale: float) -> Tensor:
         """Causal attention of the last n rows q `[num_seqs, num_heads, n, d]` over all live ones.
 
         Returns `[num_seqs, n, num_heads, d_v]`. More than 16 rows (a later turn of a dialogue) go
-        through torch's SDPA on a padded copy of this layer's cache.
+        through torch's SDPA on a padded copy of this layer's segments.
         """
         num_seqs, num_heads, n, d = q.shape
         segments, group = num_seqs * self.num_kv_heads, num_heads // self.num_kv_heads
         if n > MAX_DECODE_ROWS:
-            out = self._attend_turn(q.reshape(segments, group, n, d), softmax_scale)
-            out = out.reshape(num_seqs, num_heads, n, -1).transpose(1, 2)
-            return out.contiguous()
+            out = self._attend_turn(layer, q.reshape(segments, group, n, d), softmax_scale)
+            return out.reshape(num_seqs, num_heads, n, -1).transpose(1, 2).contiguous()
         rows = q.reshape(segments, group, n, d).transpose(1, 2).reshape(segments * n, group, d)
         out = self.backend.varlen_decode(
             rows,
             self.k,
             self.v,
-            torch.arange(0, segments * n + 1, n, dtype=torch.int32, device=q.device),
-            self.cu_seqlens_k,
+            self._one_row if n == 1 else self._one_row * n,
+            self.cu_seqlens_k[layer],
             n,
-            max(self.capacities),
+            self.max_seqlen_k,
             softmax_scale=softmax_scale,
-            seqused_k=self.seqused_k,
+            seqused_k=self.seqused_k[layer],
         )
         out = out.view(num_seqs, self.num_kv_heads, n, group, -1).transpose(1, 2)
         return out.reshape(num_seqs, n, num_heads, -1)
 
+    def reserve(self, n: int) -> bool:
+        """See to room for n rows more in every segment. True if tensors had to move.
+
+        Growth copies the pools once, and is by a quarter at least.
+        """
+        if n <= self.room:
+            return False
+        extra = max(n - self.room, GROWTH, self.max_seqlen_k // 4)
+        self._rearrange([[c + extra for c in row] for row in self._capacities], None)
+        self.room += extra
+        return True
+
     def select_sequences(self, index: Tensor) -> None:
         """Make sequence i of the cache what sequence `index[i]` was; may repeat or drop some.
 
-        Copies the cache once: beam search pays this at every step.
+        Copies the pools once: beam search pays this at every step.
         """
         heads = torch.arange(self.num_kv_heads)
         segments = (index.cpu()[:, None] * self.num_kv_heads + heads).reshape(-1)
-        capacities = [self.capacities[s] for s in segments.tolist()]
-        segments = segments.to(self.k.device)
-        starts = _starts(capacities, self.k.device)
-        offset = self.cu_seqlens_k[segments] - starts[:-1]
-        rows = torch.arange(sum(capacities), device=self.k.device)
-        rows = rows + offset.repeat_interleave(torch.tensor(capacities, device=self.k.device))
-        self.k, self.v = self.k[rows], self.v[rows]
-        self.seqused_k = self.seqused_k[segments]
-        self.capacities, self.cu_seqlens_k = capacities, starts
+        capacities = [[row[s] for s in segments.tolist()] for row in self._capacities]
+        self._rearrange(capacities, segments.to(self.k.device))
 
-    def _grow(self, extra: int) -> None:
-        """Give every segment `extra` rows more; copies the cache once."""
-        capacities = torch.tensor(self.capacities, device=self.k.device)
-        segment = torch.arange(len(self.capacities), device=self.k.device)
-        rows = torch.arange(len(self.k), device=self.k.device)
-        rows = rows + extra * segment.repeat_interleave(capacities)
-        total = len(self.k) + extra * len(self.capacities)
-        for name in ("k", "v"):  # one after the other: the peak is one pool's copy
-            pool = getattr(self, name)
-            grown = pool.new_empty(total, 1, pool.shape[-1])
-            grown[rows] = pool
-            setattr(self, name, grown)
-        self.capacities = [n + extra for n in self.capacities]
-        self.cu_seqlens_k = _starts(self.capacities, self.k.device)
-        self.room += extra
+    def _place(self, capacities: list[list[int]]) -> None:
+        """Lay segments of these capacities one behind the other, layer by layer."""
+        first, starts = 0, []
+        for row in capacities:
+            starts.append(list(accumulate(row, initial=first)))
+            first = starts[-1][-1]
+        self.cu_seqlens_k.copy_(torch.tensor(starts, dtype=torch.int32))
+        self._capacities = capacities
+        self.max_seqlen_k = max(self.max_seqlen_k, *(c for row in capacities for c in row))
 
-    def _attend_turn(self, q: Tensor, softmax_scale: float) -> Tensor:
+    def _rearrange(self, capacities: list[list[int]], segments: Tensor | None) -> None:
+        """Move segments (all, or a choice) to places of new capacities, in new tensors."""
+        device, num_layers = self.k.device, len(capacities)
+        old_starts, live = self.cu_seqlens_k[:, :-1], self.seqused_k
+        if segments is not None:
+            old_starts, live = old_starts[:, segments], live[:, segments]
+        self.seqused_k = live.clone()
+        self._one_row = torch.arange(live.shape[1] + 1, dtype=torch.int32, device=device)
+        self.cu_seqlens_k = self.cu_seqlens_k.new_empty(num_layers, live.shape[1] + 1)
+        self._place(capacities)
+        flat = torch.tensor(capacities, device=device).reshape(-1)
+        new_starts = self.cu_seqlens_k[:, :-1].reshape(-1).long()
+        column = torch.arange(int(flat.sum()), device=device) - new_starts.repeat_interleave(flat)
+        # Head room repeats the last live row: any row will do, and this one exists.
+        last = (live.reshape(-1).long() - 1).clamp(min=0).repeat_interleave(flat)
+        rows = old_starts.reshape(-1).long().repeat_interleave(flat) + column.minimum(last)
+        self.k = self.k[rows]
+        self.v = self.v[rows]
+
+    def _attend_turn(self, layer: int, q: Tensor, softmax_scale: float) -> Tensor:
         """q `[num_segments, group, n, d]` -> `[num_segments, group, n, d_v]`, n of any size."""
         n = q.shape[2]
-        live = self.seqused_k.long()[:, None]
-        column = torch.arange(max(self.capacities), device=q.device)
+        live = self.seqused_k[layer].long()[:, None]
+        column = torch.arange(self.max_seqlen_k, device=q.device)
         # Columns behind a segment's end repeat its last live row: masked, but finite.
-        rows = self.cu_seqlens_k[:-1].long()[:, None] + column.minimum(live - 1)
-        k = self.k[rows].transpose(1, 2)  # [num_segments, 1, capacity, d]
+        rows = self.cu_seqlens_k[layer, :-1].long()[:, None] + column.minimum(live - 1)
+        k = self.k[rows].transpose(1, 2)  # [num_segments, 1, max_seqlen_k, d]
         v = self.v[rows].transpose(1, 2)
         k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
         parts = []
         for first in range(0, n, ROWS_AT_ONCE):
             row = torch.arange(first, min(first + ROWS_AT_ONCE, n), device=q.device)
-            mask = column <= (live - n)[..., None] + row[:, None]  # [num_segments, rows, capacity]
+            mask = column <= (live - n)[..., None] + row[:, None]  # [num_segments, rows, columns]
             part = F.scaled_dot_product_attention(
                 q[:, :, first : first + ROWS_AT_ONCE],
                 k,
@@ -196,7 +208,3 @@ class RaggedKV:
             )
             parts.append(part)
         return torch.cat(parts, 2)
-
-
-def _starts(lengths: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)

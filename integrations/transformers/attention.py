@@ -27,8 +27,8 @@ def vlcache_attention(
     """
     layer = getattr(key, "vlcache_layer", None)  # set by VLCacheLayer.update, a line before
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if layer is not None and layer.ragged is not None:
-        return layer.ragged.attend(query, scale), None
+    if layer is not None and (decoded := layer.attend(query, scale)) is not None:
+        return decoded, None
     out, _ = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from math import isnan
 from typing import Any
 
@@ -11,15 +13,16 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from vlcache_triton import VLCacheConfig
-from vlcache_triton.backend import Backend, BackendName, get_backend
+from vlcache_triton.backend import BackendName, get_backend
 from vlcache_triton.plan import CompressionPlan, make_plan
 from vlcache_triton.prompt import Prompt
-from vlcache_triton.ragged import RaggedKV
+from vlcache_triton.ragged import RaggedCache
+from vlcache_triton.reference import PostVisionStats
 from vlcache_triton.report import CompressionReport
 
 from .support import layer_types
 
-MAX_HEAD_ROOM = 256  # rows reserved for new tokens at compression; a longer answer grows the pool
+MAX_HEAD_ROOM = 256  # rows reserved for new tokens at compression; a longer answer grows the pools
 
 
 class VLCacheLayer(DynamicLayer):
@@ -27,26 +30,38 @@ class VLCacheLayer(DynamicLayer):
 
     is_croppable = False
 
-    def __init__(self, owner: VLCache, layer_idx: int) -> None:
+    def __init__(self, owner: VLCache, index: int) -> None:
         super().__init__()
-        self.owner, self.layer_idx = owner, layer_idx
-        self.ragged: RaggedKV | None = None
-        self.num_seen = 0
+        # Weakly, so that a cache that is dropped frees its memory at once.
+        self._owner = weakref.ref(owner)
+        self.index = index  # among the layers that are compressed
+
+    @property
+    def owner(self) -> VLCache:
+        """The cache that this is a layer of."""
+        owner = self._owner()
+        if owner is None:
+            raise RuntimeError("VLCacheLayer: its VLCache is gone, expected it to be kept alive")
+        return owner
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """Store a step's K and V `[num_seqs, num_kv_heads, n, d]`; what to attend to comes back."""
-        self.num_seen += key_states.shape[2]
-        if self.ragged is not None:
-            self.ragged.append(key_states, value_states)
+        owner = self.owner
+        if owner.ragged is not None:
+            owner.check_step(key_states.shape[2])
+            owner.ragged.append(self.index, key_states, value_states)
             return _tagged(key_states, self), value_states
-        if not self.owner.will_compress:
+        if not owner.will_compress:
             return super().update(key_states, value_states, *args, **kwargs)
-        if self.keys is not None:
-            raise RuntimeError("VLCache: a second chunk of the prompt came before compression")
         # Borrowed, not copied: compression soon takes what it keeps.
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         self.keys, self.values = key_states, value_states
         return _tagged(key_states, self), value_states
+
+    def attend(self, query: Tensor, softmax_scale: float) -> Tensor | None:
+        """Attention over the compressed cache `[num_seqs, n, num_heads, d_v]`; None while dense."""
+        ragged = self.owner.ragged
+        return None if ragged is None else ragged.attend(self.index, query, softmax_scale)
 
     def observe(self, query: Tensor, softmax_scale: float) -> None:
         """Take the statistics of the prompt's post-vision rows; the last layer compresses all."""
@@ -58,64 +73,26 @@ class VLCacheLayer(DynamicLayer):
         assert self.keys is not None and self.values is not None
         return self.keys.transpose(1, 2).flatten(0, 1), self.values.transpose(1, 2).flatten(0, 1)
 
-    def compress(self, plan: CompressionPlan, layer: int, room: int, backend: Backend) -> None:
-        """Keep what row `layer` of the plan says, and let go of the dense K and V."""
-        kept = plan.keep[layer].repeat_interleave(plan.num_kv_heads).tolist()
-        keys, values = self.dense_rows()
-        self.ragged = RaggedKV.compact(
-            keys,
-            values,
-            plan.prompt.starts(keys.device),
-            plan.indices,
-            plan.layer_cu_kept(layer),
-            kept,
-            room=room,
-            backend=backend,
-        )
-        self.keys = self.values = None
-
     def get_seq_length(self) -> int:
         """Tokens seen, not tokens kept: positions go on from here."""
-        return self.num_seen
+        owner = self.owner
+        return super().get_seq_length() if owner.ragged is None else owner.num_seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(0, 0) once compressed, for which the mask function makes no mask."""
-        return (0, 0) if self.ragged is not None else (self.num_seen + query_length, 0)
-
-    def reset(self) -> None:
-        """Empty; ready for another prompt."""
-        super().reset()
-        self.ragged, self.num_seen = None, 0
+        return super().get_mask_sizes(query_length) if self.owner.ragged is None else (0, 0)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: compression cannot be rolled back."""
         if tokens_to_remove != 0:
             raise NotImplementedError(
-                f"VLCache: crop (assisted decoding, rollback): got {tokens_to_remove}, expected 0"
+                f"crop: got {tokens_to_remove} tokens to remove, expected 0: a VLCache cannot be"
+                " rolled back"
             )
 
     def offload(self) -> None:
         """Refused: what is left is small."""
         raise NotImplementedError("VLCache: got an offloaded cache, expected one on the device")
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Make sequence i what sequence beam_idx[i] was."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these sequences of the batch, in this order."""
-        if self.ragged is None:
-            super().batch_select_indices(indices)
-        else:
-            self.ragged.select_sequences(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence."""
-        if self.ragged is None:
-            super().batch_repeat_interleave(repeats)
-        else:
-            num_seqs = len(self.ragged.capacities) // self.ragged.num_kv_heads
-            self.ragged.select_sequences(torch.arange(num_seqs).repeat_interleave(repeats))
 
 
 class VLCache(Cache):
@@ -149,9 +126,11 @@ class VLCache(Cache):
             raise ValueError(f"max_new_tokens: got {max_new_tokens}, expected an int >= 1")
         text_config = model_config.get_text_config(decoder=True)
         layers: list[Any] = []
+        self._full_layers: dict[int, VLCacheLayer] = {}  # by their index in the model
         for i, layer_type in enumerate(layer_types(text_config)):
             if layer_type == "full_attention":
-                layers.append(VLCacheLayer(self, i))
+                self._full_layers[i] = VLCacheLayer(self, len(self._full_layers))
+                layers.append(self._full_layers[i])
             elif layer_type == "sliding_attention":
                 layers.append(DynamicSlidingWindowLayer(text_config.sliding_window))
             else:
@@ -160,13 +139,17 @@ class VLCache(Cache):
         self.config = config or VLCacheConfig()
         self.backend_name: BackendName = backend
         self.head_room = min(max_new_tokens, MAX_HEAD_ROOM)
-        self._full_layers = [x for x in layers if isinstance(x, VLCacheLayer)]
+        # Who makes the ragged cache: the graph runner lends one that it has captured steps over.
+        self.allocate: Callable[..., RaggedCache] = RaggedCache
         self._forget()
 
     def _forget(self) -> None:
         self.prompt: Prompt | None = None
         self.plan: CompressionPlan | None = None
-        self._stats: list = []
+        self.ragged: RaggedCache | None = None
+        self.num_seen = 0  # tokens, while compressed
+        self._step_rows = 0
+        self._stats: list[PostVisionStats] = []
         self._report: CompressionReport | None = None
 
     @property
@@ -179,13 +162,34 @@ class VLCache(Cache):
     @property
     def is_compressed(self) -> bool:
         """Whether the prompt has been compressed."""
-        return self.plan is not None
+        return self.ragged is not None
 
     def begin(self, prompt: Prompt) -> None:
         """Announce the prompt whose forward pass comes next; the cache must be empty."""
         if self.get_seq_length() != 0:
             raise ValueError(f"cache: got {self.get_seq_length()} tokens in it, expected none")
         self.prompt = prompt
+
+    def begin_step(self, num_rows: int) -> None:
+        """Announce a forward pass of `num_rows` tokens a sequence over the compressed cache."""
+        if self.ragged is not None:
+            self.ragged.reserve(num_rows)
+            self._step_rows = num_rows
+
+    def end_step(self) -> None:
+        """Count the rows of the pass that was announced: once, for all layers."""
+        if self.ragged is not None:
+            self.ragged.room -= self._step_rows
+            self.num_seen += self._step_rows
+            self._step_rows = 0
+
+    def check_step(self, num_rows: int) -> None:
+        """Refuse rows that nobody announced: the attention would not see the cache either."""
+        if num_rows != self._step_rows:
+            raise RuntimeError(
+                f"VLCache: got {num_rows} rows in a step of {self._step_rows}, expected a forward"
+                " pass inside the vl_cache block"
+            )
 
     def observe(self, layer: VLCacheLayer, query: Tensor, softmax_scale: float) -> None:
         """Statistics of one layer: query `[num_seqs, num_heads, padded_length, d]`, after RoPE."""
@@ -204,12 +208,35 @@ class VLCache(Cache):
                 threshold=self.config.threshold,
             )
             self._stats.append(stats)
-            if layer is self._full_layers[-1]:
-                self._compress(backend)
+            if len(self._stats) == len(self._full_layers):
+                plan = make_plan(self._stats, self.prompt, self.config, backend)
+                self._stats = []
+                self._compress(plan)
 
     def report(self) -> CompressionReport | None:
         """What compression did; None where nothing was compressed."""
         return self._report
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make sequence i what sequence beam_idx[i] was."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences of the batch, in this order."""
+        layers: list[Any] = self.layers
+        for layer in layers:
+            if self.ragged is None or not isinstance(layer, VLCacheLayer):
+                layer.batch_select_indices(indices)
+        if self.ragged is not None:
+            self.ragged.select_sequences(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        if self.ragged is None:
+            super().batch_repeat_interleave(repeats)
+        else:
+            index = torch.arange(self.ragged.num_seqs).repeat_interleave(repeats)
+            self.batch_select_indices(index)
 
     def reset(self) -> None:
         """Empty; ready for another prompt."""
@@ -220,25 +247,34 @@ class VLCache(Cache):
         """Refused: compression cannot be rolled back."""
         raise NotImplementedError("VLCache: got assisted decoding, expected plain decoding")
 
-    def _compress(self, backend: Backend) -> None:
-        assert self.prompt is not None
-        plan = make_plan(self._stats, self.prompt, self.config, backend)
-        self._stats = []
-        bytes_before = sum(x.nbytes for layer in self._full_layers for x in layer.dense_rows())
-        rows_before = len(self._full_layers) * self.prompt.padded_length * len(self.prompt.pads)
-        for i, layer in enumerate(self._full_layers):
-            layer.compress(plan, i, self.head_room, backend)
-        self.plan = plan
-        ragged = [layer.ragged for layer in self._full_layers]
+    def _compress(self, plan: CompressionPlan) -> None:
+        layers = list(self._full_layers.values())
+        bytes_before = sum(x.nbytes for layer in layers for x in layer.dense_rows())
+        rows_before = len(layers) * plan.prompt.padded_length * len(plan.prompt.pads)
+        num_segments = len(plan.prompt.pads) * plan.num_kv_heads
+        rows = int(plan.keep.sum()) * plan.num_kv_heads
+        ragged = self.allocate(
+            rows + len(layers) * num_segments * self.head_room,
+            len(layers),
+            num_segments,
+            plan.num_kv_heads,
+            *layers[0].dense_rows(),
+            get_backend(self.backend_name, plan.indices.device),
+        )
+        ragged.lay_out(plan, self.head_room)
+        for layer in layers:
+            ragged.compact_layer(layer.index, *layer.dense_rows(), plan)
+            layer.keys = layer.values = None  # freed as we go: the peak is full + kept
+        self.plan, self.ragged, self.num_seen = plan, ragged, plan.prompt.padded_length
         self._report = CompressionReport(
             budget=self.config.budget,
-            layers=[layer.layer_idx for layer in self._full_layers],
+            layers=list(self._full_layers),
             sparsity=[[None if isnan(x) else x for x in row] for row in plan.sparsity.tolist()],
             kept=plan.keep.tolist(),
-            lengths=list(self.prompt.lengths),
+            lengths=list(plan.prompt.lengths),
             bytes_before=bytes_before,
             bytes_after=bytes_before * int(plan.keep.sum()) // rows_before,
-            bytes_allocated=sum(x.nbytes for x in ragged if x is not None),
+            bytes_allocated=ragged.nbytes,
         )
 
 

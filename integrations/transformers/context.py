@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from vlcache_triton import VLCacheConfig
 from vlcache_triton.backend import BackendName, get_backend
-from vlcache_triton.prompt import read_prompt
+from vlcache_triton.prompt import Prompt, read_prompt
 from vlcache_triton.report import CompressionReport
 
 from .attention import NAME, register
@@ -83,7 +83,7 @@ def vl_cache(
         _override(model, "_prepare_cache_for_generation", prepare, undo)
         before = model.register_forward_pre_hook(_begin(session), with_kwargs=True)
         undo.callback(before.remove)
-        after = model.register_forward_hook(_assert_compressed, with_kwargs=True)
+        after = model.register_forward_hook(_end, with_kwargs=True)
         undo.callback(after.remove)
         # On the internal attribute: the public setter would pass it on to the vision tower.
         previous = text_config._attn_implementation_internal
@@ -135,7 +135,7 @@ def _prepare_cache(original: Any, session: Session) -> Any:
 
 
 def _begin(session: Session) -> Any:
-    """A forward pre-hook: tell an empty cache about the prompt that comes."""
+    """A forward pre-hook: tell the cache about the prompt, or the step, that comes."""
 
     def begin(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         cache = kwargs.get("past_key_values")
@@ -150,27 +150,39 @@ def _begin(session: Session) -> Any:
                 " (session.new_cache()) or None inside a vl_cache block"
             )
         session.cache = cache
-        if cache.get_seq_length() == 0:
-            input_ids = kwargs.get("input_ids", args[0] if args else None)
-            if input_ids is None:
-                raise NotImplementedError(
-                    "inputs_embeds: got embeddings alone, expected input_ids, which show where"
-                    " images lie"
-                )
-            mask = kwargs.get("attention_mask")
-            if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-                raise NotImplementedError("attention_mask: expected [num_seqs, length] or None")
-            is_visual = visual_tokens(model, input_ids, kwargs.get("mm_token_type_ids"))
-            cache.begin(read_prompt(is_visual, mask, session.config))
+        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        if cache.is_compressed:
+            tokens = kwargs["inputs_embeds"] if input_ids is None else input_ids
+            cache.begin_step(tokens.shape[1])
+        elif cache.get_seq_length() == 0:
+            cache.begin(_read_prompt(model, input_ids, kwargs, session.config))
         return args, kwargs
 
     return begin
 
 
-def _assert_compressed(model: PreTrainedModel, args: tuple, kwargs: dict, output: Any) -> None:
-    """A forward hook: a compression that silently did not happen is the worst bug here."""
+def _read_prompt(
+    model: PreTrainedModel, input_ids: Tensor | None, kwargs: dict, config: VLCacheConfig
+) -> Prompt:
+    if input_ids is None:
+        raise NotImplementedError(
+            "inputs_embeds: got embeddings alone, expected input_ids, which show where images lie"
+        )
+    mask = kwargs.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        raise NotImplementedError("attention_mask: expected [num_seqs, length] or None")
+    is_visual = visual_tokens(model, input_ids, kwargs.get("mm_token_type_ids"))
+    return read_prompt(is_visual, mask, config)
+
+
+def _end(model: PreTrainedModel, args: tuple, kwargs: dict, output: Any) -> None:
+    """A forward hook: count the step's tokens, and see that the prompt was compressed."""
     cache = kwargs.get("past_key_values")
-    if isinstance(cache, VLCache) and cache.will_compress and not cache.is_compressed:
+    if not isinstance(cache, VLCache):
+        return
+    cache.end_step()
+    if cache.will_compress and not cache.is_compressed:
+        # A compression that silently did not happen is the worst bug here.
         raise RuntimeError(
             f"{type(model).__name__}: its prompt was read, but not compressed; its attention does"
             " not reach vl_cache. Please report this"
