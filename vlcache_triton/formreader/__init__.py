@@ -1,0 +1,26 @@
+"""The form reader: a tiny vision-language model that reads synthetic forms, shipped as data.
+
+It is there so that everything runs, and is judged on real answers, where no model hub is.
+"""
+
+from .model import encode_chats, load_form_reader
+from .pages import Field, Page, draw_pages
+from .questions import MAX_ANSWER_TOKENS, TASKS, Dialogue, Question, Task, ask, chat, draw_dialogue
+from .render import render
+
+__all__ = [
+    "MAX_ANSWER_TOKENS",
+    "TASKS",
+    "Dialogue",
+    "Field",
+    "Page",
+    "Question",
+    "Task",
+    "ask",
+    "chat",
+    "draw_dialogue",
+    "draw_pages",
+    "encode_chats",
+    "load_form_reader",
+    "render",
+]
