@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -88,3 +89,18 @@ def make_plan(
     starts = cu_kept[:-1].view(num_layers, -1, num_kv_heads)[:, prompt.segments].reshape(-1)
     cu_kept = torch.cat([starts, cu_kept[-1:]])  # runs of pads are empty segments: leave them out
     return CompressionPlan(prompt, num_kv_heads, 1.0 - density, keep, indices, cu_kept)
+
+
+def whole_plan(
+    prompt: Prompt, num_layers: int, num_kv_heads: int, device: torch.device
+) -> CompressionPlan:
+    """The plan that keeps everything: for decoding on a full cache in the ragged layout."""
+    keep = torch.tensor(prompt.lengths).expand(num_layers, -1)
+    ranges = [torch.arange(n, dtype=torch.int32, device=device) for n in prompt.lengths]
+    one_layer = torch.cat([x.expand(num_kv_heads, -1).reshape(-1) for x in ranges])
+    counts = torch.tensor(prompt.lengths, device=device).repeat_interleave(num_kv_heads)
+    ends = counts.repeat(num_layers).cumsum(0)
+    cu_kept = torch.cat([ends.new_zeros(1), ends]).int()
+    unmeasured = torch.full(keep.shape, math.nan, dtype=torch.float64)
+    indices = one_layer.repeat(num_layers)
+    return CompressionPlan(prompt, num_kv_heads, unmeasured, keep, indices, cu_kept)

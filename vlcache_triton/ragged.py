@@ -30,6 +30,7 @@ class RaggedCache:
 
     Args:
         capacity: rows of the pools.
+        max_seqlen_k: rows of the longest segment, head room included; more makes larger grids.
         num_segments: num_seqs * num_kv_heads, of each layer.
         k_like, v_like: tensors `[..., d]` and `[..., d_v]` that give dtype, device and head sizes.
     """
@@ -37,6 +38,7 @@ class RaggedCache:
     def __init__(
         self,
         capacity: int,
+        max_seqlen_k: int,
         num_layers: int,
         num_segments: int,
         num_kv_heads: int,
@@ -54,9 +56,31 @@ class RaggedCache:
         )
         self.seqused_k = torch.zeros(num_layers, num_segments, dtype=torch.int32, device=device)
         self.num_kv_heads, self.backend = num_kv_heads, backend
-        self.max_seqlen_k = self.room = 0
+        self.max_seqlen_k, self.room = max_seqlen_k, 0
         self._one_row = torch.arange(num_segments + 1, dtype=torch.int32, device=device)
         self._capacities: list[list[int]] = []
+
+    def fits(
+        self,
+        capacity: int,
+        max_seqlen_k: int,
+        num_layers: int,
+        num_segments: int,
+        num_kv_heads: int,
+        k_like: Tensor,
+        v_like: Tensor,
+        backend: Backend,
+    ) -> bool:
+        """Whether this is what the same arguments would make."""
+        return (
+            (len(self.k), self.max_seqlen_k) == (capacity, max_seqlen_k)
+            and self.seqused_k.shape == (num_layers, num_segments)
+            and (self.num_kv_heads, self.backend) == (num_kv_heads, backend)
+            and all(
+                (pool.shape[-1], pool.dtype, pool.device) == (x.shape[-1], x.dtype, x.device)
+                for pool, x in ((self.k, k_like), (self.v, v_like))
+            )
+        )
 
     def lay_out(self, plan: CompressionPlan, room: int) -> None:
         """Place the segments of a new plan, with `room` free rows each; compact_layer fills them.

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from vlcache_triton.prompt import Prompt
+
+from .prefill import prefill_attention
 
 NAME = "vlcache"  # Transformers looks for "flash", "sdpa", "paged|" in such names: avoid them
+
+# The prompt that the running forward pass prefills into an empty VLCache. The mask function is
+# told nothing of the cache; with this it knows that prefill_attention needs no mask.
+prefilling: ContextVar[Prompt | None] = ContextVar("prefilling", default=None)
 
 
 def vlcache_attention(
@@ -20,7 +30,7 @@ def vlcache_attention(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """SDPA over a dense cache, observed where it prefills a VLCache; ragged once compressed.
+    """Dense attention, observed where it prefills a VLCache; ragged once that is compressed.
 
     query `[num_seqs, num_heads, n, d]`, key and value `[num_seqs, num_kv_heads, n_k, d]`, after
     RoPE. Returns `[num_seqs, n, num_heads, d_v]`.
@@ -29,10 +39,14 @@ def vlcache_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if layer is not None and (decoded := layer.attend(query, scale)) is not None:
         return decoded, None
-    out, _ = sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-    )
-    if layer is not None:
+    prompt = prefilling.get()
+    if layer is not None and prompt is not None and attention_mask is None and dropout == 0:
+        out = prefill_attention(query, key, value, prompt, scale)
+    else:
+        out, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if layer is not None and prompt is not None:
         layer.observe(query, scale)
     return out, None
 
@@ -43,10 +57,13 @@ def vlcache_mask(
     kv_length: int,
     q_offset: int = 0,
     kv_offset: int = 0,
+    mask_function=causal_mask_function,
     **kwargs,
 ) -> Tensor | None:
-    """SDPA's mask; none for a compressed cache, which reports a key length of 0."""
-    if kv_length == 0:
+    """SDPA's mask. None for a compressed cache, which reports a key length of 0, and for the plain
+    causal prefill of a prompt."""
+    is_causal_prefill = prefilling.get() is not None and mask_function is causal_mask_function
+    if kv_length == 0 or is_causal_prefill:
         return None
     return sdpa_mask(
         batch_size=batch_size,
@@ -54,6 +71,7 @@ def vlcache_mask(
         kv_length=kv_length,
         q_offset=q_offset,
         kv_offset=kv_offset,
+        mask_function=mask_function,
         **kwargs,
     )
 

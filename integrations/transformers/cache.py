@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from math import isnan
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,14 +12,17 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from vlcache_triton import VLCacheConfig
-from vlcache_triton.backend import BackendName, get_backend
-from vlcache_triton.plan import CompressionPlan, make_plan
+from vlcache_triton.backend import Backend, BackendName, get_backend
+from vlcache_triton.plan import CompressionPlan, make_plan, whole_plan
 from vlcache_triton.prompt import Prompt
 from vlcache_triton.ragged import RaggedCache
 from vlcache_triton.reference import PostVisionStats
 from vlcache_triton.report import CompressionReport
 
 from .support import layer_types
+
+if TYPE_CHECKING:
+    from .graph import DecodeGraphs
 
 MAX_HEAD_ROOM = 256  # rows reserved for new tokens at compression; a longer answer grows the pools
 
@@ -51,8 +53,9 @@ class VLCacheLayer(DynamicLayer):
             owner.check_step(key_states.shape[2])
             owner.ragged.append(self.index, key_states, value_states)
             return _tagged(key_states, self), value_states
-        if not owner.will_compress:
-            return super().update(key_states, value_states, *args, **kwargs)
+        if not owner.will_pack:
+            keys, values = super().update(key_states, value_states, *args, **kwargs)
+            return _tagged(keys, self), values
         # Borrowed, not copied: compression soon takes what it keeps.
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         self.keys, self.values = key_states, value_states
@@ -109,6 +112,7 @@ class VLCache(Cache):
         max_new_tokens: tokens expected after the prompt; sizes the head room. More tokens are
             taken all the same, for a copy of the compressed cache now and then.
         backend: see `get_backend`.
+        graphs: whose captured steps decode on this cache; even a whole prompt is packed then.
 
     Raises:
         NotImplementedError: for layer types that VL-Cache is not defined on.
@@ -121,16 +125,17 @@ class VLCache(Cache):
         *,
         max_new_tokens: int = MAX_HEAD_ROOM,
         backend: BackendName = "auto",
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: got {max_new_tokens}, expected an int >= 1")
         text_config = model_config.get_text_config(decoder=True)
         layers: list[Any] = []
-        self._full_layers: dict[int, VLCacheLayer] = {}  # by their index in the model
-        for i, layer_type in enumerate(layer_types(text_config)):
+        self._full_layers: list[VLCacheLayer] = []
+        for layer_type in layer_types(text_config):
             if layer_type == "full_attention":
-                self._full_layers[i] = VLCacheLayer(self, len(self._full_layers))
-                layers.append(self._full_layers[i])
+                self._full_layers.append(VLCacheLayer(self, len(self._full_layers)))
+                layers.append(self._full_layers[-1])
             elif layer_type == "sliding_attention":
                 layers.append(DynamicSlidingWindowLayer(text_config.sliding_window))
             else:
@@ -139,8 +144,7 @@ class VLCache(Cache):
         self.config = config or VLCacheConfig()
         self.backend_name: BackendName = backend
         self.head_room = min(max_new_tokens, MAX_HEAD_ROOM)
-        # Who makes the ragged cache: the graph runner lends one that it has captured steps over.
-        self.allocate: Callable[..., RaggedCache] = RaggedCache
+        self.graphs = graphs
         self._forget()
 
     def _forget(self) -> None:
@@ -160,9 +164,15 @@ class VLCache(Cache):
         )
 
     @property
+    def will_pack(self) -> bool:
+        """Whether the current prompt goes, or has gone, into a ragged cache: to be compressed, or
+        whole, for captured steps to decode on."""
+        return self.will_compress or (self.prompt is not None and self.graphs is not None)
+
+    @property
     def is_compressed(self) -> bool:
         """Whether the prompt has been compressed."""
-        return self.ragged is not None
+        return self.will_compress and self.ragged is not None
 
     def begin(self, prompt: Prompt) -> None:
         """Announce the prompt whose forward pass comes next; the cache must be empty."""
@@ -192,26 +202,43 @@ class VLCache(Cache):
             )
 
     def observe(self, layer: VLCacheLayer, query: Tensor, softmax_scale: float) -> None:
-        """Statistics of one layer: query `[num_seqs, num_heads, padded_length, d]`, after RoPE."""
+        """Statistics of one layer: query `[num_seqs, num_heads, padded_length, d]`, after RoPE.
+
+        The last layer's observation packs all layers.
+        """
+        if not self.will_pack:
+            return
         assert self.prompt is not None
         backend = get_backend(self.backend_name, query.device)
-        cu_seqlens_q, cu_seqlens_k = self.prompt.cu_seqlens(query.device)
         with torch.no_grad():
-            stats = backend.post_vision_stats(
-                self.prompt.pack_query_rows(query),
-                layer.dense_rows()[0],
-                cu_seqlens_q,
-                cu_seqlens_k,
-                max(self.prompt.query_rows),
-                max(self.prompt.lengths),
-                softmax_scale=softmax_scale,
-                threshold=self.config.threshold,
-            )
-            self._stats.append(stats)
-            if len(self._stats) == len(self._full_layers):
-                plan = make_plan(self._stats, self.prompt, self.config, backend)
+            if self.will_compress:
+                self._stats.append(self._measure(layer, query, softmax_scale, backend))
+            if layer is self._full_layers[-1]:
+                if self.will_compress:
+                    plan = make_plan(self._stats, self.prompt, self.config, backend)
+                else:
+                    num_kv_heads = layer.dense_rows()[0].shape[1]
+                    plan = whole_plan(
+                        self.prompt, len(self._full_layers), num_kv_heads, query.device
+                    )
                 self._stats = []
-                self._compress(plan)
+                self._pack(plan, backend)
+
+    def _measure(
+        self, layer: VLCacheLayer, query: Tensor, softmax_scale: float, backend: Backend
+    ) -> PostVisionStats:
+        assert self.prompt is not None
+        cu_seqlens_q, cu_seqlens_k = self.prompt.cu_seqlens(query.device)
+        return backend.post_vision_stats(
+            self.prompt.pack_query_rows(query),
+            layer.dense_rows()[0],
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max(self.prompt.query_rows),
+            max(self.prompt.lengths),
+            softmax_scale=softmax_scale,
+            threshold=self.config.threshold,
+        )
 
     def report(self) -> CompressionReport | None:
         """What compression did; None where nothing was compressed."""
@@ -247,34 +274,45 @@ class VLCache(Cache):
         """Refused: compression cannot be rolled back."""
         raise NotImplementedError("VLCache: got assisted decoding, expected plain decoding")
 
-    def _compress(self, plan: CompressionPlan) -> None:
-        layers = list(self._full_layers.values())
+    def _pack(self, plan: CompressionPlan, backend: Backend) -> None:
+        layers, prompt = self._full_layers, plan.prompt
         bytes_before = sum(x.nbytes for layer in layers for x in layer.dense_rows())
-        rows_before = len(layers) * plan.prompt.padded_length * len(plan.prompt.pads)
-        num_segments = len(plan.prompt.pads) * plan.num_kv_heads
+        num_segments = len(prompt.pads) * plan.num_kv_heads
         rows = int(plan.keep.sum()) * plan.num_kv_heads
-        ragged = self.allocate(
+        shape = (
             rows + len(layers) * num_segments * self.head_room,
+            int(plan.keep.max()) + self.head_room,
             len(layers),
             num_segments,
             plan.num_kv_heads,
             *layers[0].dense_rows(),
-            get_backend(self.backend_name, plan.indices.device),
+            backend,
         )
+        graphs = self.graphs
+        ragged = RaggedCache(*shape) if graphs is None else graphs.allocate(self, *shape)
         ragged.lay_out(plan, self.head_room)
         for layer in layers:
             ragged.compact_layer(layer.index, *layer.dense_rows(), plan)
             layer.keys = layer.values = None  # freed as we go: the peak is full + kept
-        self.plan, self.ragged, self.num_seen = plan, ragged, plan.prompt.padded_length
-        self._report = CompressionReport(
+        self.ragged, self.num_seen = ragged, prompt.padded_length
+        if self.will_compress:
+            self.plan = plan
+            dense_rows = len(layers) * prompt.padded_length * len(prompt.pads)
+            bytes_after = bytes_before * int(plan.keep.sum()) // dense_rows
+            self._report = self._make_report(plan, bytes_before, bytes_after, ragged.nbytes)
+
+    def _make_report(
+        self, plan: CompressionPlan, bytes_before: int, bytes_after: int, bytes_allocated: int
+    ) -> CompressionReport:
+        return CompressionReport(
             budget=self.config.budget,
-            layers=list(self._full_layers),
+            layers=[i for i, layer in enumerate(self.layers) if layer in self._full_layers],
             sparsity=[[None if isnan(x) else x for x in row] for row in plan.sparsity.tolist()],
             kept=plan.keep.tolist(),
             lengths=list(plan.prompt.lengths),
             bytes_before=bytes_before,
-            bytes_after=bytes_before * int(plan.keep.sum()) // rows_before,
-            bytes_allocated=ragged.nbytes,
+            bytes_after=bytes_after,
+            bytes_allocated=bytes_allocated,
         )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,9 +17,11 @@ from vlcache_triton.backend import BackendName, get_backend
 from vlcache_triton.prompt import Prompt, read_prompt
 from vlcache_triton.report import CompressionReport
 
-from .attention import NAME, register
+from .attention import NAME, prefilling, register
 from .cache import MAX_HEAD_ROOM, VLCache
-from .support import check_generate, check_mode, check_model
+from .generate import lean_loop
+from .graph import DecodeGraphs, graphed_forward
+from .support import check_generate, check_lean, check_mode, check_model, layer_types
 
 
 class Session:
@@ -26,22 +29,63 @@ class Session:
 
     config: the choices of compression.
     cache: the VLCache of the latest prompt, None before the first.
+    graphs: the captured decode steps.
     """
 
-    def __init__(self, model: PreTrainedModel, config: VLCacheConfig, backend: BackendName) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: VLCacheConfig,
+        backend: BackendName,
+        cuda_graph: bool,
+    ) -> None:
         self.model, self.config, self.backend = model, config, backend
         self.cache: VLCache | None = None
+        self.graphs = DecodeGraphs(model.device, can_capture=cuda_graph)
+        self._packs_whole = cuda_graph
+        self._forward = model.forward
 
     def new_cache(self, max_new_tokens: int = MAX_HEAD_ROOM) -> VLCache:
         """An empty cache to hand over as `past_key_values`, for manual loops and dialogues."""
         self.cache = VLCache(
-            self.model.config, self.config, max_new_tokens=max_new_tokens, backend=self.backend
+            self.model.config,
+            self.config,
+            max_new_tokens=max_new_tokens,
+            backend=self.backend,
+            graphs=self.graphs if self._packs_whole else None,
         )
         return self.cache
 
     def report(self) -> CompressionReport | None:
         """What was kept of the latest prompt; None where nothing was compressed."""
         return None if self.cache is None else self.cache.report()
+
+    def generate(
+        self, *, on_tokens: Callable[[Tensor], None] | None = None, **kwargs: Any
+    ) -> Tensor:
+        """`model.generate(**kwargs)` with a lean loop: the same tokens, less work a token.
+
+        Sampling runs inside the captured step, and the host reads tokens back a few steps behind.
+        Greedy and sampled decoding with temperature, top_k, top_p, min_p, repetition_penalty,
+        max_new_tokens and eos_token_id; `model.generate` has the rest.
+
+        Args:
+            on_tokens: called with each step's tokens, `[num_seqs]` int64 on the host, in order.
+
+        Returns:
+            `[num_seqs, prompt + new]` int64, as `model.generate` returns it.
+
+        Raises:
+            NotImplementedError: for what the lean loop does not do, before any work.
+        """
+        check_lean(self.model, kwargs)
+        packs_whole, self._packs_whole = self._packs_whole, True
+        try:
+            loop = lean_loop(self.graphs, self._forward, on_tokens)
+            generate: Any = self.model.generate
+            return generate(**kwargs, custom_generate=loop)
+        finally:
+            self._packs_whole = packs_whole
 
 
 @contextmanager
@@ -50,6 +94,7 @@ def vl_cache(
     config: VLCacheConfig | None = None,
     *,
     backend: BackendName = "auto",
+    cuda_graph: bool | None = None,
     **choices: Any,
 ) -> Iterator[Session]:
     """Compress the KV cache of every image-and-text prompt that `model` reads inside the block.
@@ -61,6 +106,8 @@ def vl_cache(
         model: a vision-language model of Transformers with causal text.
         config: the choices of compression, or give them as keywords: `budget=0.1`.
         backend: "auto" is the Triton kernels on CUDA and the fp32 reference elsewhere.
+        cuda_graph: decode by replaying a captured step; default on CUDA. A model with
+            sliding-window layers decodes eagerly, with a warning.
 
     Raises:
         NotImplementedError: for models on which VL-Cache is not defined.
@@ -74,22 +121,40 @@ def vl_cache(
     text_config = model.config.get_text_config(decoder=True)
     if text_config._attn_implementation == NAME:
         raise ValueError("model: got one inside a vl_cache block already, expected another")
-    session = Session(model, config, backend)
+    cuda_graph = _decide_cuda_graph(model, cuda_graph)
+    session = Session(model, config, backend, cuda_graph)
     register()
     with ExitStack() as undo:
         _override(model, "generate", _checked_generate(model), undo)
         _override(model, "generate_batch", _refuse_generate_batch, undo)
         prepare = _prepare_cache(model._prepare_cache_for_generation, session)
         _override(model, "_prepare_cache_for_generation", prepare, undo)
+        if cuda_graph:
+            _override(model, "forward", graphed_forward(session.graphs, model.forward), undo)
         before = model.register_forward_pre_hook(_begin(session), with_kwargs=True)
         undo.callback(before.remove)
         after = model.register_forward_hook(_end, with_kwargs=True)
         undo.callback(after.remove)
         # On the internal attribute: the public setter would pass it on to the vision tower.
         previous = text_config._attn_implementation_internal
+        undo.callback(prefilling.set, None)
         undo.callback(setattr, text_config, "_attn_implementation_internal", previous)
         text_config._attn_implementation_internal = NAME
         yield session
+
+
+def _decide_cuda_graph(model: PreTrainedModel, cuda_graph: bool | None) -> bool:
+    """Whether to capture; a sliding window's cache is a new tensor at each step."""
+    wanted = model.device.type == "cuda" if cuda_graph is None else cuda_graph
+    types = set(layer_types(model.config.get_text_config(decoder=True)))
+    if wanted and types != {"full_attention"}:
+        warnings.warn(
+            f"cuda_graph: {type(model).__name__} has layers of types {sorted(types)}, and only"
+            " full attention can be captured; decoding eagerly",
+            stacklevel=4,
+        )
+        return False
+    return wanted
 
 
 def _override(model: PreTrainedModel, name: str, function: Any, undo: ExitStack) -> None:
@@ -138,6 +203,7 @@ def _begin(session: Session) -> Any:
     """A forward pre-hook: tell the cache about the prompt, or the step, that comes."""
 
     def begin(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        prefilling.set(None)
         cache = kwargs.get("past_key_values")
         if cache is None:
             if kwargs.get("use_cache") is False or model.training:
@@ -151,11 +217,12 @@ def _begin(session: Session) -> Any:
             )
         session.cache = cache
         input_ids = kwargs.get("input_ids", args[0] if args else None)
-        if cache.is_compressed:
+        if cache.ragged is not None:
             tokens = kwargs["inputs_embeds"] if input_ids is None else input_ids
             cache.begin_step(tokens.shape[1])
         elif cache.get_seq_length() == 0:
             cache.begin(_read_prompt(model, input_ids, kwargs, session.config))
+            prefilling.set(cache.prompt)
         return args, kwargs
 
     return begin
@@ -180,6 +247,7 @@ def _end(model: PreTrainedModel, args: tuple, kwargs: dict, output: Any) -> None
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, VLCache):
         return
+    prefilling.set(None)
     cache.end_step()
     if cache.will_compress and not cache.is_compressed:
         # A compression that silently did not happen is the worst bug here.

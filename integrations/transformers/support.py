@@ -119,6 +119,23 @@ def check_generate(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         left_pads(mask)
 
 
+def check_lean(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    """Refuse what session.generate's lean loop does not do.
+
+    Raises:
+        NotImplementedError: naming the argument.
+    """
+    for name in ("streamer", "custom_generate", "output_scores", "return_dict_in_generate"):
+        if kwargs.get(name):
+            raise NotImplementedError(
+                f"{name}: got {kwargs[name]!r}, expected none with session.generate"
+                " (model.generate has it)"
+            )
+    num_beams = kwargs.get("num_beams", model.generation_config.num_beams)
+    if num_beams not in (None, 1):
+        raise NotImplementedError(f"num_beams: got {num_beams}, expected 1 with session.generate")
+
+
 def check_mode(mode: GenerationMode) -> None:
     """Refuse generation modes that roll the cache back or run several models."""
     if mode not in GENERATION_MODES:
