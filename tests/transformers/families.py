@@ -82,4 +82,7 @@ def build(name: str, **text) -> Family:
             elif "q_proj" in parameter_name or "k_proj" in parameter_name:
                 parameter.mul_(12.0)
     model.generation_config.update(pad_token_id=0, bos_token_id=1, eos_token_id=None)
-    return Family(name, model, image, pixels)
+    family = Family(name, model, image, pixels)
+    with torch.no_grad():  # at the first such call Transformers hooks the model up, once for all
+        model(**family.inputs(SHORT), output_attentions=True)
+    return family

@@ -46,7 +46,8 @@ def kept_tokens(family: Family, inputs: dict[str, Tensor], config: VLCacheConfig
                 kept[i][b, :, start:] = True
             continue
         attention = [maps[i][b, :, start:, start:][:, rows].double() for i in full]
-        density = torch.tensor([[1 - sparsity(a, rows, config.threshold)] for a in attention])
+        density = [[1 - sparsity(a, rows, config.threshold)] for a in attention]
+        density = torch.tensor(density, dtype=torch.float64)
         budgets = layer_budgets(density, torch.tensor([length]), config).flatten().tolist()
         for i, a, budget in zip(full, attention, budgets, strict=True):
             kept[i][b, :, start:] = top_tokens(a, budget, kept[i].shape[1], config)
@@ -91,7 +92,7 @@ def sparsity(attention: Tensor, rows: range, threshold: float) -> float:
         visible[j, : row + 1] = True
     largest = attention.masked_fill(~visible, 0).amax(-1, keepdim=True)
     zeroed = (attention < threshold * largest) & visible
-    return float((zeroed.sum((1, 2)) / visible.sum()).mean())  # mean over the query heads
+    return int(zeroed.sum()) / (len(attention) * int(visible.sum()))  # mean over the query heads
 
 
 def top_tokens(attention: Tensor, budget: int, num_kv_heads: int, config: VLCacheConfig) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import oracle
 import pytest
 import torch
-from checks import GREEDY, ORACLE_ATOL, STOCK_ATOL, assert_kept, assert_same_run
+from checks import GREEDY, ORACLE_ATOL, STOCK_ATOL, assert_kept, assert_same_run, logits
 from families import LONG, SHORT
 
 from vlcache_triton import VLCacheConfig
@@ -124,3 +126,54 @@ def test_any_number_of_new_tokens(family, max_new_tokens):
     assert_same_run(out, expected, ORACLE_ATOL)
     # The last token generated is not in the cache.
     assert session.cache.get_seq_length() == out.sequences.shape[1] - 1
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"], indirect=True)
+@pytest.mark.parametrize("name", [None, "inputs"])
+def test_token_ids_by_position_or_by_their_other_name(family, name):
+    inputs = family.inputs(LONG)
+    with vl_cache(family.model, budget=0.4) as session:
+        expected = family.model.generate(**inputs, **GREEDY)
+        ids = inputs.pop("input_ids")
+        if name is None:
+            out = family.model.generate(ids, **inputs, **GREEDY)
+        else:
+            out = family.model.generate(**{name: ids}, **inputs, **GREEDY)
+        assert session.cache.is_compressed
+    assert_same_run(out, expected, 0.0)
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3"], indirect=True)
+def test_guidance_reads_an_unconditional_prompt_beside_the_other(family):
+    inputs = family.inputs(LONG, SHORT)
+    config = VLCacheConfig(budget=0.4)
+    arguments = dict(GREEDY, guidance_scale=1.5)
+    with oracle.evicted(family, oracle.kept_tokens(family, inputs, config)):
+        expected = family.model.generate(**inputs, **arguments)
+    with vl_cache(family.model, config):
+        out = family.model.generate(**inputs, **arguments)
+    assert_same_run(out, expected, ORACLE_ATOL)
+    assert out.past_key_values.is_compressed
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"], indirect=True)
+def test_half_precision(family):
+    """Rounding may change what is kept, so what can be held to it is the budget and the answer."""
+    model = copy.deepcopy(family.model).bfloat16()
+    inputs = {
+        k: v.bfloat16() if v.is_floating_point() else v
+        for k, v in family.inputs(LONG, SHORT).items()
+    }
+    expected = model.generate(**inputs, **GREEDY)
+    with vl_cache(model, budget=1.0):
+        lossless = model.generate(**inputs, **GREEDY)
+    assert_same_run(lossless, expected, 0.0)
+    with vl_cache(model, budget=0.4) as session:
+        out = model.generate(**inputs, **GREEDY)
+    report = session.report()
+    num_layers = len(report.layers)
+    totals = [sum(layer[seq] for layer in report.kept) for seq in range(2)]
+    assert totals == [round(0.4 * num_layers * length) for length in report.lengths]
+    assert report.bytes_after == sum(totals) * 2 * 2 * 16 * 2  # K and V, two heads of 16 numbers
+    assert torch.equal(logits(out)[:, 0], logits(expected)[:, 0])  # the prefill sees everything
+    assert logits(out).isfinite().all()

@@ -115,6 +115,22 @@ def test_a_cache_made_by_name_serves_generate(family):
     assert_same_run(out, expected, 0.0)
 
 
+def test_a_forward_without_a_cache_brings_one(family):
+    """As a stock model brings a DynamicCache along."""
+    inputs = family.inputs(LONG)
+    kept, expected = stock_by_hand(family, inputs)
+    with vl_cache(family.model, CONFIG), torch.no_grad():
+        out = family.model(**inputs)
+        cache = out.past_key_values
+        assert_kept(cache, kept, inputs)
+        for step in range(4):
+            torch.testing.assert_close(
+                out.logits[:, -1], expected[:, step], atol=ORACLE_ATOL, rtol=0
+            )
+            token = out.logits[:, -1:].argmax(-1)
+            out = family.model(input_ids=token, past_key_values=cache)
+
+
 def test_two_caches_of_one_model_interleave(family):
     """Each decode step belongs to the cache that it was given."""
     inputs = [family.inputs(LONG), family.inputs(SHORT, seed=1)]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from checks import GREEDY, assert_same_run, nothing_computed
 from families import LONG, SHORT, build
+from transformers import DynamicCache
 
 from vlcache_triton.integrations.transformers import vl_cache
 
@@ -81,6 +82,24 @@ def test_continuous_batching(family):
     refused = pytest.raises(REFUSED, match="generate_batch")
     with nothing_computed(family.model), vl_cache(family.model, budget=0.4), refused:
         family.model.generate_batch([[1, 5, 6, 7], [1, 9, 10]], max_new_tokens=2)
+
+
+def test_a_cache_of_another_kind(family):
+    """It would not be compressed, and nobody would notice."""
+    inputs = family.inputs(LONG)
+    with vl_cache(family.model, budget=0.4):
+        with pytest.raises(REFUSED, match="past_key_values"):
+            family.model.generate(**inputs, **GREEDY, past_key_values=DynamicCache())
+        with pytest.raises(REFUSED, match="past_key_values"), torch.no_grad():
+            family.model(**inputs, past_key_values=DynamicCache())
+
+
+def test_a_compressed_cache_outside_the_block(family):
+    """The stock attention would see the new token alone."""
+    with vl_cache(family.model, budget=0.4) as session:
+        family.model.generate(**family.inputs(LONG), **GREEDY)
+    with pytest.raises((RuntimeError, *REFUSED), match="vl_cache"), torch.no_grad():
+        family.model(input_ids=torch.tensor([[7]]), past_key_values=session.cache)
 
 
 def test_a_crop_of_a_compressed_cache(family):

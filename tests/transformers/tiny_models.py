@@ -221,7 +221,9 @@ def gemma3() -> Built:
     layer_types = ["sliding_attention", "full_attention"] * 2
     config = hf.Gemma3Config(
         vision_config=SIGLIP,
-        text_config=dict(TEXT, head_dim=16, sliding_window=16, layer_types=layer_types),
+        text_config=dict(
+            TEXT, head_dim=16, query_pre_attn_scalar=16, sliding_window=16, layer_types=layer_types
+        ),
         mm_tokens_per_image=16,
         image_token_index=IMAGE,
         boi_token_index=START,
