@@ -29,23 +29,69 @@ def layer_budgets(density: Tensor, lengths: Tensor, config: VLCacheConfig) -> Te
         int64 `[num_layers, num_seqs]` on the device of `density`; at least one token a layer for
         a sequence that has any. Cost: O(L² B) arithmetic, on the host or device alike, no sync.
     """
+    num_layers = _check(density, lengths)
+    lower, upper = _bounds(density, lengths, config)
+    total = _total(num_layers, lengths, lower, upper, config)
+    shares = _pour(_weights(density, config), total, lower, upper)
+    return _largest_remainder(shares, total, upper)
+
+
+def budget_bounds(
+    density: Tensor, lengths: Tensor, num_layers: int, config: VLCacheConfig
+) -> Tensor:
+    """What the first layers can be given at most, before the density of the others is known.
+
+    The layers to come take at least their minimum, so the share of those seen only shrinks as more
+    are seen: what a layer's bound evicts, its final budget evicts too.
+
+    Args:
+        density: `[num_seen, num_seqs]`, of the first layers.
+        lengths, config: as for layer_budgets.
+        num_layers: of the whole model.
+
+    Returns:
+        int64 `[num_seen, num_seqs]`, never less than layer_budgets will give.
+    """
+    num_seen = _check(density, lengths)
+    if config.allocation != "sparsity":  # known without any density
+        ones = torch.ones(num_layers, density.shape[1], dtype=torch.float64, device=density.device)
+        return layer_budgets(ones, lengths, config)[:num_seen]
+    lower, upper = _bounds(density, lengths, config)
+    total = _total(num_layers, lengths, lower, upper, config) - lower * (num_layers - num_seen)
+    shares = _pour(_weights(density, config), total.minimum(upper * num_seen), lower, upper)
+    # Rounding gives a layer at most two tokens more than its share.
+    return (shares.floor() + 2).minimum(upper).long()
+
+
+def _check(density: Tensor, lengths: Tensor) -> int:
     if density.ndim != 2:
         raise ValueError(
             f"density: got shape {tuple(density.shape)}, expected [num_layers, num_seqs]"
         )
-    num_layers, num_seqs = density.shape
-    if lengths.shape != (num_seqs,):
-        raise ValueError(f"lengths: got shape {tuple(lengths.shape)}, expected ({num_seqs},)")
+    if lengths.shape != (density.shape[1],):
+        raise ValueError(
+            f"lengths: got shape {tuple(lengths.shape)}, expected ({density.shape[1]},)"
+        )
+    return density.shape[0]
+
+
+def _bounds(density: Tensor, lengths: Tensor, config: VLCacheConfig) -> tuple[Tensor, Tensor]:
+    """(lower, upper) bounds of a layer's budget, `[num_seqs]` fp64 integers."""
     length = lengths.to(density.device, torch.float64)
     lower = torch.maximum((config.min_layer_budget * length).ceil(), length.clamp(max=1.0))
-    upper = torch.maximum((config.max_layer_budget * length).floor(), lower)
+    return lower, torch.maximum((config.max_layer_budget * length).floor(), lower)
+
+
+def _total(
+    num_layers: int, lengths: Tensor, lower: Tensor, upper: Tensor, config: VLCacheConfig
+) -> Tensor:
+    """What all layers keep together, `[num_seqs]` fp64 integers."""
+    length = lengths.to(lower.device, torch.float64)
     if isinstance(config.budget, int):
         total = torch.minimum(torch.full_like(length, config.budget), length) * num_layers
     else:
         total = (config.budget * num_layers * length).round()
-    total = torch.minimum(torch.maximum(total, lower * num_layers), upper * num_layers)
-    shares = _pour(_weights(density, config), total, lower, upper)
-    return _largest_remainder(shares, total, upper)
+    return torch.minimum(torch.maximum(total, lower * num_layers), upper * num_layers)
 
 
 def _weights(density: Tensor, config: VLCacheConfig) -> Tensor:

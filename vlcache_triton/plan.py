@@ -61,34 +61,61 @@ def make_plan(
 
     Cost: one host sync (the counts); time linear in num_layers * num_kv_heads * total_k.
     """
-    scores = torch.stack([s.scores for s in stats])  # [num_layers, num_kv_heads, total_k]
-    num_layers, num_kv_heads, _ = scores.shape
-    device = scores.device
-    if config.granularity == "layer":
-        scores = scores.mean(1, keepdim=True).expand_as(scores).contiguous()
-    retained = torch.stack([s.retained for s in stats]).double().mean(-1)[:, prompt.segments]
-    density = (retained / stats[0].visible[prompt.segments]).cpu()  # 0 / 0 where left whole
+    scores = torch.stack([layer_scores(s, config) for s in stats])
+    density = torch.stack([layer_density(s, prompt) for s in stats]).cpu()  # the sync
+    keep = prompt_budgets(density, prompt, config)
+    indices, cu_kept = select_kept(scores, keep, prompt, config, backend)
+    return CompressionPlan(prompt, scores.shape[1], 1.0 - density, keep, indices, cu_kept)
+
+
+def layer_scores(stats: PostVisionStats, config: VLCacheConfig) -> Tensor:
+    """ψ `[num_kv_heads, total_k]` that the heads of a layer rank tokens by."""
+    if config.granularity == "kv_head":
+        return stats.scores
+    return stats.scores.mean(0, keepdim=True).expand_as(stats.scores)
+
+
+def layer_density(stats: PostVisionStats, prompt: Prompt) -> Tensor:
+    """1 - γ' (eq. 2) `[num_seqs]` fp64 of a layer, the mean over heads; NaN where left whole."""
+    retained = stats.retained.double().mean(-1)[prompt.segments]
+    return retained / stats.visible[prompt.segments]
+
+
+def prompt_budgets(density: Tensor, prompt: Prompt, config: VLCacheConfig) -> Tensor:
+    """Tokens to keep `[num_layers, num_seqs]` int64; all of a sequence that is left whole."""
     lengths = torch.tensor(prompt.lengths)
     keep = layer_budgets(density.nan_to_num(1.0), lengths, config)
-    keep = torch.where(torch.tensor(prompt.query_rows) == 0, lengths, keep)
-    # 10 % of the layer's budget, rounded half up, at least the prompt's last token (recipe).
-    recent = (config.recent_fraction * keep.double() + 0.5).floor().clamp(min=1).minimum(keep)
+    return torch.where(torch.tensor(prompt.query_rows) == 0, lengths, keep)
 
-    cu_seqlens = prompt.cu_seqlens(device)[1]
+
+def recent_tokens(keep: Tensor, config: VLCacheConfig) -> Tensor:
+    """How many of `keep` are the last ones: `recent_fraction` of it rounded half up, at least the
+    prompt's last token (recipe step 5)."""
+    recent = (config.recent_fraction * keep.double() + 0.5).floor().long()
+    return recent.clamp(min=1).minimum(keep)
+
+
+def select_kept(
+    scores: Tensor, keep: Tensor, prompt: Prompt, config: VLCacheConfig, backend: Backend
+) -> tuple[Tensor, Tensor]:
+    """(indices, cu_kept) as in CompressionPlan, for scores `[num_layers, num_kv_heads, total_k]`
+    and keep `[num_layers, num_seqs]` on the host. No sync."""
+    num_layers, num_kv_heads, _ = scores.shape
+    cu_seqlens = prompt.cu_seqlens(scores.device)[1]
     counts = torch.zeros(2, num_layers, len(cu_seqlens) - 1, dtype=torch.int32)
-    counts[:, :, prompt.segments] = torch.stack([keep, recent.long()]).int()  # pads keep nothing
-    counts = counts.to(device)
+    counts[:, :, prompt.segments] = torch.stack([keep, recent_tokens(keep, config)]).int()
+    counts = counts.to(scores.device)
     indices, cu_kept = backend.select_tokens(
-        scores,
+        scores.contiguous(),
         cu_seqlens,
         counts[0],
         counts[1],
         max_seqlen=prompt.padded_length,
         total_kept=num_kv_heads * int(keep.sum()),
     )
+    # Runs of pads keep nothing: their empty segments are left out.
     starts = cu_kept[:-1].view(num_layers, -1, num_kv_heads)[:, prompt.segments].reshape(-1)
-    cu_kept = torch.cat([starts, cu_kept[-1:]])  # runs of pads are empty segments: leave them out
-    return CompressionPlan(prompt, num_kv_heads, 1.0 - density, keep, indices, cu_kept)
+    return indices, torch.cat([starts, cu_kept[-1:]])
 
 
 def whole_plan(

@@ -92,18 +92,27 @@ class RaggedCache:
         self.seqused_k.copy_(kept)
         self.room = room
 
-    def compact_layer(self, layer: int, k: Tensor, v: Tensor, plan: CompressionPlan) -> None:
-        """Move what `plan` keeps of a layer's k, v `[total_k, num_kv_heads, d]` into the pools."""
+    def compact_layer(
+        self,
+        layer: int,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_k: Tensor,
+        indices: Tensor,
+        cu_kept: Tensor,
+        max_kept: int,
+    ) -> None:
+        """Move the kept rows of a layer's k and v into its segments; arguments as `compact_kv`."""
         self.backend.compact_kv(
             k,
             v,
-            plan.prompt.starts(k.device),
-            plan.indices,
-            plan.layer_cu_kept(layer),
+            cu_seqlens_k,
+            indices,
+            cu_kept,
             self.k,
             self.v,
             self.cu_seqlens_k[layer],
-            max_kept=int(plan.keep[layer].max()),
+            max_kept=max_kept,
         )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from math import isnan
 from typing import TYPE_CHECKING, Any
@@ -12,14 +13,15 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from vlcache_triton import VLCacheConfig
-from vlcache_triton.backend import Backend, BackendName, get_backend
-from vlcache_triton.plan import CompressionPlan, make_plan, whole_plan
+from vlcache_triton.backend import BackendName, get_backend
+from vlcache_triton.compress import PromptCompressor
+from vlcache_triton.plan import CompressionPlan
 from vlcache_triton.prompt import Prompt
 from vlcache_triton.ragged import RaggedCache
-from vlcache_triton.reference import PostVisionStats
 from vlcache_triton.report import CompressionReport
+from vlcache_triton.streaming import StreamingCompressor
 
-from .support import layer_types
+from .support import check_config, layer_types
 
 if TYPE_CHECKING:
     from .graph import DecodeGraphs
@@ -67,23 +69,23 @@ class VLCacheLayer(DynamicLayer):
         return None if ragged is None else ragged.attend(self.index, query, softmax_scale)
 
     def observe(self, query: Tensor, softmax_scale: float) -> None:
-        """Take the statistics of the prompt's post-vision rows; the last layer compresses all."""
-        self.owner.observe(self, query, softmax_scale)
-
-    def dense_rows(self) -> tuple[Tensor, Tensor]:
-        """K and V before compression, `[num_seqs * padded_length, num_kv_heads, d]`: views of what
-        projections and RoPE leave behind, which lies by row."""
-        assert self.keys is not None and self.values is not None
-        return self.keys.transpose(1, 2).flatten(0, 1), self.values.transpose(1, 2).flatten(0, 1)
+        """Hand the prompt's K, V and query rows to compression, where there is to be any."""
+        owner = self.owner
+        if owner.will_pack:
+            assert self.keys is not None and self.values is not None
+            # By row, as projections and RoPE leave them behind: views.
+            k, v = (x.detach().transpose(1, 2).flatten(0, 1) for x in (self.keys, self.values))
+            self.keys = self.values = None
+            owner.compress_layer(k, v, query, softmax_scale)
 
     def get_seq_length(self) -> int:
         """Tokens seen, not tokens kept: positions go on from here."""
-        owner = self.owner
-        return super().get_seq_length() if owner.ragged is None else owner.num_seen
+        return self.owner.num_seen if self.keys is None else super().get_seq_length()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(0, 0) once compressed, for which the mask function makes no mask."""
-        return super().get_mask_sizes(query_length) if self.owner.ragged is None else (0, 0)
+        is_ragged = self.owner.ragged is not None
+        return (0, 0) if is_ragged else (self.get_seq_length() + query_length, 0)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: compression cannot be rolled back."""
@@ -112,10 +114,12 @@ class VLCache(Cache):
         max_new_tokens: tokens expected after the prompt; sizes the head room. More tokens are
             taken all the same, for a copy of the compressed cache now and then.
         backend: see `get_backend`.
+        streaming: compress during prefill, so that the dense cache of all layers never exists at
+            once; the same result, for a host sync a layer (see `StreamingCompressor`).
         graphs: whose captured steps decode on this cache; even a whole prompt is packed then.
 
     Raises:
-        NotImplementedError: for layer types that VL-Cache is not defined on.
+        NotImplementedError: for models that VL-Cache is not defined on.
     """
 
     def __init__(
@@ -125,17 +129,19 @@ class VLCache(Cache):
         *,
         max_new_tokens: int = MAX_HEAD_ROOM,
         backend: BackendName = "auto",
+        streaming: bool = False,
         graphs: DecodeGraphs | None = None,
     ) -> None:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: got {max_new_tokens}, expected an int >= 1")
+        check_config(model_config)
         text_config = model_config.get_text_config(decoder=True)
         layers: list[Any] = []
-        self._full_layers: list[VLCacheLayer] = []
+        self._num_layers = 0  # of full attention
         for layer_type in layer_types(text_config):
             if layer_type == "full_attention":
-                self._full_layers.append(VLCacheLayer(self, len(self._full_layers)))
-                layers.append(self._full_layers[-1])
+                layers.append(VLCacheLayer(self, self._num_layers))
+                self._num_layers += 1
             elif layer_type == "sliding_attention":
                 layers.append(DynamicSlidingWindowLayer(text_config.sliding_window))
             else:
@@ -144,7 +150,7 @@ class VLCache(Cache):
         self.config = config or VLCacheConfig()
         self.backend_name: BackendName = backend
         self.head_room = min(max_new_tokens, MAX_HEAD_ROOM)
-        self.graphs = graphs
+        self.streaming, self.graphs = streaming, graphs
         self._forget()
 
     def _forget(self) -> None:
@@ -153,7 +159,7 @@ class VLCache(Cache):
         self.ragged: RaggedCache | None = None
         self.num_seen = 0  # tokens, while compressed
         self._step_rows = 0
-        self._stats: list[PostVisionStats] = []
+        self._compressor: PromptCompressor | None = None
         self._report: CompressionReport | None = None
 
     @property
@@ -201,44 +207,30 @@ class VLCache(Cache):
                 " pass inside the vl_cache block"
             )
 
-    def observe(self, layer: VLCacheLayer, query: Tensor, softmax_scale: float) -> None:
-        """Statistics of one layer: query `[num_seqs, num_heads, padded_length, d]`, after RoPE.
+    def compress_layer(self, k: Tensor, v: Tensor, query: Tensor, softmax_scale: float) -> None:
+        """Take a layer of the prompt; the last one makes the cache ragged.
 
-        The last layer's observation packs all layers.
+        Args: as `PromptCompressor.add`.
         """
-        if not self.will_pack:
-            return
         assert self.prompt is not None
-        backend = get_backend(self.backend_name, query.device)
+        if self._compressor is None:
+            backend = get_backend(self.backend_name, k.device)
+            make = StreamingCompressor if self.streaming else PromptCompressor
+            self._compressor = make(self.prompt, self._num_layers, self.config, backend)
+        compressor = self._compressor
         with torch.no_grad():
-            if self.will_compress:
-                self._stats.append(self._measure(layer, query, softmax_scale, backend))
-            if layer is self._full_layers[-1]:
-                if self.will_compress:
-                    plan = make_plan(self._stats, self.prompt, self.config, backend)
-                else:
-                    num_kv_heads = layer.dense_rows()[0].shape[1]
-                    plan = whole_plan(
-                        self.prompt, len(self._full_layers), num_kv_heads, query.device
-                    )
-                self._stats = []
-                self._pack(plan, backend)
-
-    def _measure(
-        self, layer: VLCacheLayer, query: Tensor, softmax_scale: float, backend: Backend
-    ) -> PostVisionStats:
-        assert self.prompt is not None
-        cu_seqlens_q, cu_seqlens_k = self.prompt.cu_seqlens(query.device)
-        return backend.post_vision_stats(
-            self.prompt.pack_query_rows(query),
-            layer.dense_rows()[0],
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max(self.prompt.query_rows),
-            max(self.prompt.lengths),
-            softmax_scale=softmax_scale,
-            threshold=self.config.threshold,
-        )
+            compressor.add(k, v, query.detach(), softmax_scale)
+            if compressor.num_added < self._num_layers:
+                return
+            allocate: Any = RaggedCache
+            if self.graphs is not None:
+                allocate = functools.partial(self.graphs.allocate, self)
+            plan, self.ragged = compressor.pack(self.head_room, allocate)
+        self._compressor = None
+        self.num_seen = self.prompt.padded_length
+        if self.will_compress:
+            self.plan = plan
+            self._report = self._make_report(plan, compressor.bytes_seen, self.ragged.nbytes)
 
     def report(self) -> CompressionReport | None:
         """What compression did; None where nothing was compressed."""
@@ -274,44 +266,18 @@ class VLCache(Cache):
         """Refused: compression cannot be rolled back."""
         raise NotImplementedError("VLCache: got assisted decoding, expected plain decoding")
 
-    def _pack(self, plan: CompressionPlan, backend: Backend) -> None:
-        layers, prompt = self._full_layers, plan.prompt
-        bytes_before = sum(x.nbytes for layer in layers for x in layer.dense_rows())
-        num_segments = len(prompt.pads) * plan.num_kv_heads
-        rows = int(plan.keep.sum()) * plan.num_kv_heads
-        shape = (
-            rows + len(layers) * num_segments * self.head_room,
-            int(plan.keep.max()) + self.head_room,
-            len(layers),
-            num_segments,
-            plan.num_kv_heads,
-            *layers[0].dense_rows(),
-            backend,
-        )
-        graphs = self.graphs
-        ragged = RaggedCache(*shape) if graphs is None else graphs.allocate(self, *shape)
-        ragged.lay_out(plan, self.head_room)
-        for layer in layers:
-            ragged.compact_layer(layer.index, *layer.dense_rows(), plan)
-            layer.keys = layer.values = None  # freed as we go: the peak is full + kept
-        self.ragged, self.num_seen = ragged, prompt.padded_length
-        if self.will_compress:
-            self.plan = plan
-            dense_rows = len(layers) * prompt.padded_length * len(prompt.pads)
-            bytes_after = bytes_before * int(plan.keep.sum()) // dense_rows
-            self._report = self._make_report(plan, bytes_before, bytes_after, ragged.nbytes)
-
     def _make_report(
-        self, plan: CompressionPlan, bytes_before: int, bytes_after: int, bytes_allocated: int
+        self, plan: CompressionPlan, bytes_before: int, bytes_allocated: int
     ) -> CompressionReport:
+        dense_rows = plan.keep.numel() * plan.prompt.padded_length
         return CompressionReport(
             budget=self.config.budget,
-            layers=[i for i, layer in enumerate(self.layers) if layer in self._full_layers],
+            layers=[i for i, layer in enumerate(self.layers) if isinstance(layer, VLCacheLayer)],
             sparsity=[[None if isnan(x) else x for x in row] for row in plan.sparsity.tolist()],
             kept=plan.keep.tolist(),
             lengths=list(plan.prompt.lengths),
             bytes_before=bytes_before,
-            bytes_after=bytes_after,
+            bytes_after=bytes_before * int(plan.keep.sum()) // dense_rows,
             bytes_allocated=bytes_allocated,
         )
 

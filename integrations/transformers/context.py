@@ -38,8 +38,10 @@ class Session:
         config: VLCacheConfig,
         backend: BackendName,
         cuda_graph: bool,
+        streaming: bool,
     ) -> None:
         self.model, self.config, self.backend = model, config, backend
+        self.streaming = streaming
         self.cache: VLCache | None = None
         self.graphs = DecodeGraphs(model.device, can_capture=cuda_graph)
         self._packs_whole = cuda_graph
@@ -52,6 +54,7 @@ class Session:
             self.config,
             max_new_tokens=max_new_tokens,
             backend=self.backend,
+            streaming=self.streaming,
             graphs=self.graphs if self._packs_whole else None,
         )
         return self.cache
@@ -95,6 +98,7 @@ def vl_cache(
     *,
     backend: BackendName = "auto",
     cuda_graph: bool | None = None,
+    streaming: bool = False,
     **choices: Any,
 ) -> Iterator[Session]:
     """Compress the KV cache of every image-and-text prompt that `model` reads inside the block.
@@ -108,6 +112,7 @@ def vl_cache(
         backend: "auto" is the Triton kernels on CUDA and the fp32 reference elsewhere.
         cuda_graph: decode by replaying a captured step; default on CUDA. A model with
             sliding-window layers decodes eagerly, with a warning.
+        streaming: compress during prefill, where memory is short; the same result.
 
     Raises:
         NotImplementedError: for models on which VL-Cache is not defined.
@@ -122,7 +127,7 @@ def vl_cache(
     if text_config._attn_implementation == NAME:
         raise ValueError("model: got one inside a vl_cache block already, expected another")
     cuda_graph = _decide_cuda_graph(model, cuda_graph)
-    session = Session(model, config, backend, cuda_graph)
+    session = Session(model, config, backend, cuda_graph, streaming)
     register()
     with ExitStack() as undo:
         _override(model, "generate", _checked_generate(model), undo)
@@ -222,7 +227,8 @@ def _begin(session: Session) -> Any:
             cache.begin_step(tokens.shape[1])
         elif cache.get_seq_length() == 0:
             cache.begin(_read_prompt(model, input_ids, kwargs, session.config))
-            prefilling.set(cache.prompt)
+            # A lossless prompt takes the stock path, bit for bit.
+            prefilling.set(cache.prompt if cache.will_pack else None)
         return args, kwargs
 
     return begin

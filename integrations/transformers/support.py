@@ -48,36 +48,44 @@ def layer_types(text_config: PreTrainedConfig) -> list[str]:
     return list(types)
 
 
-def check_model(model: PreTrainedModel) -> None:
-    """Refuse models on which VL-Cache is not defined, saying why.
+def check_config(config: PreTrainedConfig) -> None:
+    """Refuse models on which VL-Cache is not defined, as far as their configuration tells.
 
     Raises:
-        NotImplementedError: naming the model type.
+        NotImplementedError: naming the model type and the reason.
     """
-    config = model.config
     text_config = config.get_text_config(decoder=True)
     for model_type in (config.model_type, text_config.model_type):
         for family, reason in REFUSED_FAMILIES.items():
             if model_type.startswith(family):
-                raise _unsupported(model, reason)
+                raise _unsupported(config, reason)
     if config.is_encoder_decoder:
-        raise _unsupported(model, "it is an encoder-decoder model")
+        raise _unsupported(config, "it is an encoder-decoder model")
     if getattr(text_config, "num_kv_shared_layers", 0):
-        raise _unsupported(model, "its layers share each other's KV cache")
+        raise _unsupported(config, "its layers share each other's KV cache")
     if getattr(text_config, "kv_lora_rank", None):
-        raise _unsupported(model, "its cache is latent (MLA)")
+        raise _unsupported(config, "its cache is latent (MLA)")
     if getattr(text_config, "cross_attention_layers", None):
-        raise _unsupported(model, "it has cross-attention layers")
+        raise _unsupported(config, "it has cross-attention layers")
     if "full_attention" not in layer_types(text_config):
-        raise _unsupported(model, "it has no full-attention layer")
-    text_model = _text_model(model, text_config)
+        raise _unsupported(config, "it has no full-attention layer")
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Refuse models on which VL-Cache is not defined, saying why.
+
+    Raises:
+        NotImplementedError: naming the model type and the reason.
+    """
+    check_config(model.config)
+    text_model = _text_model(model, model.config.get_text_config(decoder=True))
     if not text_model._can_set_attn_implementation():
-        raise _unsupported(model, "its attention does not go through AttentionInterface")
+        raise _unsupported(model.config, "its attention does not go through AttentionInterface")
     for module in text_model.modules():
         if hasattr(module, "layer_idx") and getattr(module, "is_causal", True) is False:
-            raise _unsupported(model, "its text rows are not causal")
+            raise _unsupported(model.config, "its text rows are not causal")
         if getattr(module, "sinks", None) is not None:
-            raise _unsupported(model, "its attention has sinks")
+            raise _unsupported(model.config, "its attention has sinks")
 
 
 def check_generate(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
@@ -153,12 +161,11 @@ def _text_model(model: PreTrainedModel, text_config: PreTrainedConfig) -> PreTra
         if isinstance(module, PreTrainedModel) and module.config is text_config
     ]
     if not owners:
-        raise _unsupported(model, "its language model cannot be found")
+        raise _unsupported(model.config, "its language model cannot be found")
     return owners[-1]
 
 
-def _unsupported(model: PreTrainedModel, reason: str) -> NotImplementedError:
+def _unsupported(config: PreTrainedConfig, reason: str) -> NotImplementedError:
     return NotImplementedError(
-        f"model: got {type(model).__name__} ({model.config.model_type}), which VL-Cache does not"
-        f" support: {reason}"
+        f"model: got one of type {config.model_type!r}, which VL-Cache does not support: {reason}"
     )

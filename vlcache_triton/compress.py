@@ -1,0 +1,114 @@
+"""The whole way of a prompt: its layers go in as they are prefilled, a ragged cache comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .backend import Backend
+from .config import VLCacheConfig
+from .plan import CompressionPlan, make_plan, whole_plan
+from .prompt import Prompt
+from .ragged import RaggedCache
+from .reference import PostVisionStats
+
+
+class PromptCompressor:
+    """Takes the layers of one prompt, first to last, and packs what is kept of them.
+
+    Holds the dense K and V of all layers until the last has come; `StreamingCompressor` does not.
+    Where nothing is to be compressed (budget 1.0, no post-vision rows), everything is packed.
+
+    Args:
+        prompt: the batch; its `query_rows` say which rows are measured.
+        num_layers: how many layers will be added; `num_added` counts them.
+    """
+
+    def __init__(
+        self, prompt: Prompt, num_layers: int, config: VLCacheConfig, backend: Backend
+    ) -> None:
+        self.prompt, self.num_layers = prompt, num_layers
+        self.config, self.backend = config, backend
+        self.compresses = prompt.is_compressible and not config.is_lossless
+        self.num_added = self.bytes_seen = 0
+        self._stats: list[PostVisionStats] = []
+        self._rows: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, k: Tensor, v: Tensor, q: Tensor, softmax_scale: float) -> None:
+        """One layer, after RoPE.
+
+        Args:
+            k, v: `[num_seqs * padded_length, num_kv_heads, d]`; kept by reference.
+            q: `[num_seqs, num_heads, n, d]`, whose last rows are the prompts' last rows.
+        """
+        self._count(k, v)
+        if self.compresses:
+            self._stats.append(self._measure(k, q, softmax_scale))
+        self._rows.append((k, v))
+
+    def pack(
+        self, head_room: int, allocate: Callable[..., RaggedCache] = RaggedCache
+    ) -> tuple[CompressionPlan, RaggedCache]:
+        """What to keep, and the cache that keeps it, with `head_room` free rows a segment.
+
+        Dense layers are let go of as they are moved: the peak is the full cache and the kept one.
+
+        Args:
+            allocate: called as `RaggedCache` is, where the caller has one to lend.
+        """
+        device = self._rows[0][0].device
+        if self.compresses:
+            plan = make_plan(self._stats, self.prompt, self.config, self.backend)
+        else:
+            num_kv_heads = self._rows[0][0].shape[1]
+            plan = whole_plan(self.prompt, self.num_layers, num_kv_heads, device)
+        self._stats = []
+        ragged = self._allocate(plan, head_room, *self._rows[0], allocate)
+        starts = self.prompt.starts(device)
+        for layer in range(self.num_layers):
+            k, v = self._rows.pop(0)
+            max_kept = int(plan.keep[layer].max())
+            cu_kept = plan.layer_cu_kept(layer)
+            ragged.compact_layer(layer, k, v, starts, plan.indices, cu_kept, max_kept)
+        return plan, ragged
+
+    def _count(self, k: Tensor, v: Tensor) -> None:
+        self.num_added += 1
+        self.bytes_seen += k.nbytes + v.nbytes
+
+    def _measure(self, k: Tensor, q: Tensor, softmax_scale: float) -> PostVisionStats:
+        cu_seqlens_q, cu_seqlens_k = self.prompt.cu_seqlens(k.device)
+        return self.backend.post_vision_stats(
+            self.prompt.pack_query_rows(q),
+            k,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max(self.prompt.query_rows),
+            self.prompt.padded_length,
+            softmax_scale=softmax_scale,
+            threshold=self.config.threshold,
+        )
+
+    def _allocate(
+        self,
+        plan: CompressionPlan,
+        head_room: int,
+        k_like: Tensor,
+        v_like: Tensor,
+        allocate: Callable[..., RaggedCache],
+    ) -> RaggedCache:
+        num_segments = len(self.prompt.pads) * plan.num_kv_heads
+        rows = int(plan.keep.sum()) * plan.num_kv_heads
+        ragged = allocate(
+            rows + self.num_layers * num_segments * head_room,
+            int(plan.keep.max()) + head_room,
+            self.num_layers,
+            num_segments,
+            plan.num_kv_heads,
+            k_like,
+            v_like,
+            self.backend,
+        )
+        ragged.lay_out(plan, head_room)
+        return ragged
