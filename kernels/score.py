@@ -57,9 +57,13 @@ class RowPass(NamedTuple):
 
 
 class ColumnPass(NamedTuple):
-    """Launch of the column pass: each program takes BLOCK_N keys and streams BLOCK_M rows."""
+    """Launch of the column pass: each program takes BLOCK_N keys and streams BLOCK_M rows.
+
+    Rows that need a mask go by in blocks of SMALL_M: few are wasted where the rows end.
+    """
 
     BLOCK_M: int
+    SMALL_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
@@ -75,14 +79,18 @@ def row_pass_launch(
     max_seqlen_k: int,
     multiprocessors: int,
 ) -> RowPass:
-    """Block sizes by the bytes of a head, splits so that two programs run on each multiprocessor.
+    """Block sizes by the head size, splits so that two programs run on each multiprocessor.
 
-    Only the number of rows above or below 64, never a length of keys, changes what is compiled.
+    Only more or fewer than 64 rows, never a number of keys, changes what is compiled.
     """
-    row_bytes = padded(head_size) * itemsize
-    big = max_seqlen_q * group > 64 and row_bytes <= 256
-    block_m = max(128 if big else 64, triton.next_power_of_2(group))
-    block_n = 64 if row_bytes <= 512 else 32
+    big = itemsize == 2 and head_size <= 128 and max_seqlen_q * group > 64
+    if itemsize == 4:
+        # No matrix instruction is exact for fp32: every output takes whole rows into registers.
+        block_m, block_n, num_warps, num_stages = 32, 32, 16, 2
+    else:
+        block_m, num_warps = (128, 8) if big else (64, 4)
+        block_n, num_stages = 64, 3 if head_size <= 128 else 2
+    block_m = max(block_m, triton.next_power_of_2(group))
     # Rows of all sequences, as if packed without gaps: sequences without rows take no programs.
     programs = triton.cdiv(max(total_q * group, 1), block_m) * num_kv_heads
     key_blocks = max(triton.cdiv(max_seqlen_k, block_n), 1)
@@ -91,8 +99,8 @@ def row_pass_launch(
     return RowPass(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        num_warps=8 if big else 4,
-        num_stages=3 if row_bytes <= 256 else 2,
+        num_warps=num_warps,
+        num_stages=num_stages,
         num_row_blocks=max(triton.cdiv(max_seqlen_q * group, block_m), 1),
         num_splits=max(triton.cdiv(max_seqlen_k, split_size), 1),
         split_size=split_size,
@@ -100,13 +108,20 @@ def row_pass_launch(
 
 
 def column_pass_launch(head_size: int, itemsize: int, group: int) -> ColumnPass:
-    """Block sizes by the bytes of a head alone."""
-    row_bytes = padded(head_size) * itemsize
+    """Block sizes by the head size alone."""
+    if itemsize == 4:
+        block_m, small_m, block_n, num_warps = 32, 32, 32, 16
+    elif head_size <= 128:
+        block_m, small_m, block_n, num_warps = 64, 32, 128, 8
+    else:
+        block_m, small_m, block_n, num_warps = 64, 32, 64, 4
+    group_padded = triton.next_power_of_2(group)
     return ColumnPass(
-        BLOCK_M=max(64 if row_bytes <= 512 else 32, triton.next_power_of_2(group)),
-        BLOCK_N=128 if row_bytes <= 256 else 64,
-        num_warps=4,
-        num_stages=2,
+        BLOCK_M=max(block_m, group_padded),
+        SMALL_M=max(small_m, group_padded),
+        BLOCK_N=block_n,
+        num_warps=num_warps,
+        num_stages=3 if itemsize == 2 and head_size <= 128 else 2,
     )
 
 
@@ -176,8 +191,10 @@ def post_vision_stats(
     retained = torch.empty(num_seqs, num_heads, dtype=torch.int64, device=q.device)
     visible = torch.empty(num_seqs, dtype=torch.int64, device=q.device)
     # Maximum and sum of each split; then bound and log-sum-exp of each row.
-    partials = torch.empty(2, rows.num_splits, total_q * num_heads, **float32)
-    row_stats = torch.empty(2, total_q * num_heads, **float32)
+    group_padded = triton.next_power_of_2(group)
+    num_rows = num_kv_heads * total_q * group_padded
+    partials = torch.empty(2, rows.num_splits, num_rows, **float32)
+    row_stats = torch.empty(2, num_rows, **float32)
 
     shared = {
         "q_ptr": q,
@@ -188,7 +205,7 @@ def post_vision_stats(
         "block_table_ptr": block_table,
         "retained_ptr": retained,
         "scale_log2": scale * math.log2(math.e),
-        "num_rows": total_q * num_heads,
+        "total_q": total_q,
         "max_blocks": 0 if block_table is None else block_table.shape[1],
         "stride_q_row": q.stride(0),
         "stride_q_head": q.stride(1),
@@ -199,6 +216,7 @@ def post_vision_stats(
         "HEAD_SIZE": d,
         "D": padded(d),
         "GROUP": group,
+        "GROUP_PADDED": group_padded,
     }
     _row_kernel[(rows.num_row_blocks * rows.num_splits, num_kv_heads, num_seqs)](
         **shared,
@@ -213,14 +231,16 @@ def post_vision_stats(
         num_stages=rows.num_stages,
     )
     block = 32
-    _combine_kernel[(triton.cdiv(total_q * num_heads, block),)](
+    _combine_kernel[(triton.cdiv(num_rows, block),)](
         partials_ptr=partials,
         row_stats_ptr=row_stats,
         scale_log2=scale * math.log2(math.e),
         margin=math.log(threshold) / scale,
-        num_rows=total_q * num_heads,
+        num_rows=num_rows,
         num_splits=rows.num_splits,
         MAX_SPLITS=MAX_SPLITS,
+        GROUP=group,
+        GROUP_PADDED=group_padded,
         BLOCK=block,
         num_warps=4,
     )
@@ -229,7 +249,6 @@ def post_vision_stats(
         row_stats_ptr=row_stats,
         scores_ptr=scores,
         total_k=total_k,
-        GROUP_PADDED=triton.next_power_of_2(group),
         **columns._asdict(),
     )
     return PostVisionStats(scores, retained, visible)

@@ -64,7 +64,7 @@ def _load_queries(
 
 
 @triton.jit(
-    do_not_specialize=["num_rows", "max_blocks", "num_row_blocks", "num_splits", "split_size"]
+    do_not_specialize=["total_q", "max_blocks", "num_row_blocks", "num_splits", "split_size"]
 )
 def _row_kernel(
     q_ptr,  # [total_q, num_heads, d]
@@ -77,7 +77,7 @@ def _row_kernel(
     visible_ptr,  # [num_seqs]
     partials_ptr,  # [2, num_splits, num_rows]: maxima of the raw logits, then sums
     scale_log2,
-    num_rows,
+    total_q,
     max_blocks,
     num_row_blocks,
     num_splits,
@@ -91,6 +91,7 @@ def _row_kernel(
     HEAD_SIZE: tl.constexpr,
     D: tl.constexpr,
     GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -159,10 +160,12 @@ def _row_kernel(
                 row_sum = row_sum * tl.exp2((row_max - shift) * scale_log2) + tl.sum(weights, 1)
                 row_max = new_max
 
-        row = (start_q + tokens).to(tl.int64) * num_heads + head * GROUP + heads
-        partial = partials_ptr + tl.cast(num_rows, tl.int64) * split + row
+        # num_rows = num_kv_heads * total_q * GROUP_PADDED, in that order
+        num_rows = tl.num_programs(1).to(tl.int64) * total_q * GROUP_PADDED
+        row = (head * total_q + start_q + tokens) * GROUP_PADDED + heads
+        partial = partials_ptr + split * num_rows + row
         tl.store(partial, row_max, mask=live)
-        tl.store(partial + tl.cast(num_rows, tl.int64) * num_splits, row_sum, mask=live)
+        tl.store(partial + num_splits * num_rows, row_sum, mask=live)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_splits"])
@@ -174,12 +177,15 @@ def _combine_kernel(
     num_rows,
     num_splits,
     MAX_SPLITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One maximum and normaliser for each row out of those of its splits, in their order."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = (rows < num_rows) & (rows % GROUP_PADDED < GROUP)
     splits = tl.arange(0, MAX_SPLITS)
-    mask = (splits < num_splits)[:, None] & (rows < num_rows)[None, :]
+    mask = (splits < num_splits)[:, None] & live[None, :]
     partial = partials_ptr + splits[:, None] * tl.cast(num_rows, tl.int64) + rows[None, :]
     maxima = tl.load(partial, mask=mask, other=-float("inf"))  # [MAX_SPLITS, BLOCK]
     sums = tl.load(partial + tl.cast(num_rows, tl.int64) * num_splits, mask=mask, other=0.0)
@@ -187,7 +193,7 @@ def _combine_kernel(
     sees_none = row_max == -float("inf")
     shift = tl.where(sees_none, 0.0, row_max)
     total = tl.sum(sums * tl.exp2((maxima - shift[None, :]) * scale_log2), 0)
-    # +inf makes every probability of a row that sees no key 0, and lets none of its entries pass.
+    # A row that sees no key, or pads its group: +inf makes its probabilities 0 and passes none.
     bound = tl.where(sees_none, float("inf"), row_max + margin)
     lse = shift * scale_log2 + tl.log2(tl.where(sees_none, 1.0, total))
     lse = tl.where(sees_none, float("inf"), lse)
@@ -195,7 +201,7 @@ def _combine_kernel(
     tl.store(row_stats_ptr + num_rows + rows, lse, mask=rows < num_rows)
 
 
-@triton.jit(do_not_specialize=["num_rows", "max_blocks", "total_k"])
+@triton.jit(do_not_specialize=["total_q", "max_blocks", "total_k"])
 def _column_kernel(
     q_ptr,  # [total_q, num_heads, d]
     k_ptr,  # [total_k, num_kv_heads, d] or pages
@@ -207,7 +213,7 @@ def _column_kernel(
     row_stats_ptr,  # [2, num_rows]
     scores_ptr,  # [num_kv_heads, total_k]
     scale_log2,
-    num_rows,
+    total_q,
     max_blocks,
     total_k,
     stride_q_row,
@@ -221,6 +227,7 @@ def _column_kernel(
     GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr,  # a power of two, so that a column of the tile is always one head
     BLOCK_M: tl.constexpr,
+    SMALL_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Scores of BLOCK_N keys of one KV head, and how many of their entries pass the filter."""
@@ -244,40 +251,49 @@ def _column_kernel(
             HEAD_SIZE,
             D,
         )
-        # Row i sees the keys up to n_k - n_q + i.
+        # Row i sees the keys up to n_k - n_q + i. The rows between `full` and `tail`, in whole
+        # blocks, see all of these keys and need no mask; the others go by in smaller blocks.
         sees_first = tl.maximum(first_key - (n_k - n_q), 0) * GROUP_PADDED
         sees_last = tl.maximum(first_key + BLOCK_N - 1 - (n_k - n_q), 0) * GROUP_PADDED
-        begin = sees_first // BLOCK_M * BLOCK_M
-        end = tl.cdiv(n_q * GROUP_PADDED, BLOCK_M) * BLOCK_M
-        full = tl.minimum(tl.cdiv(sees_last, BLOCK_M) * BLOCK_M, end)
+        end = tl.cdiv(n_q * GROUP_PADDED, SMALL_M) * SMALL_M
+        begin = sees_first // SMALL_M * SMALL_M
+        full = tl.minimum(tl.cdiv(sees_last, SMALL_M) * SMALL_M, end)
+        tail = full + tl.maximum(n_q * GROUP_PADDED - full, 0) // BLOCK_M * BLOCK_M
 
+        q_ptr += head * GROUP * stride_q_head
+        bounds = row_stats_ptr + (head * total_q + start_q) * GROUP_PADDED
+        lses = bounds + tl.num_programs(1).to(tl.int64) * total_q * GROUP_PADDED
         column = tl.zeros((BLOCK_N,), tl.float32)
         counts = tl.zeros((BLOCK_N, GROUP_PADDED), tl.int32)
-        for unmasked in tl.static_range(2):  # rows that see some of the keys, then all of them
-            for start in range(full if unmasked else begin, end if unmasked else full, BLOCK_M):
-                rows = start + tl.arange(0, BLOCK_M)
-                tokens, heads = rows // GROUP_PADDED, rows % GROUP_PADDED
-                live = (tokens < n_q) & (heads < GROUP)
+        for masked in tl.static_range(2):
+            rows = tl.arange(0, SMALL_M if masked else BLOCK_M)
+            tokens, heads = rows // GROUP_PADDED, rows % GROUP_PADDED
+            length = (full - begin) + (end - tail) if masked else tail - full
+            for i in range(0, length, SMALL_M if masked else BLOCK_M):
+                start = full + i
+                if masked:
+                    start = tl.where(begin + i < full, begin + i, begin + i + (tail - full))
+                token = start // GROUP_PADDED
+                live = tokens < n_q - token if masked else tokens >= 0
                 q = _load_queries(
-                    q_ptr + head * GROUP * stride_q_head,
-                    start_q + tokens,
+                    q_ptr + (start_q + token).to(tl.int64) * stride_q_row,
+                    tokens,
                     heads,
-                    live,
+                    live & (heads < GROUP) if GROUP < GROUP_PADDED else live,
                     stride_q_row,
                     stride_q_head,
                     HEAD_SIZE,
                     D,
                 )
-                row = (start_q + tokens).to(tl.int64) * num_heads + head * GROUP + heads
-                bound = tl.load(row_stats_ptr + row, mask=live, other=float("inf"))
-                lse = tl.load(row_stats_ptr + num_rows + row, mask=live, other=float("inf"))
+                bound = tl.load(bounds + start + rows, mask=live, other=float("inf"))
+                lse = tl.load(lses + start + rows, mask=live, other=float("inf"))
                 logits = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
-                if not unmasked:
-                    last_key = n_k - n_q + tokens
+                if masked:
+                    last_key = n_k - n_q + token + tokens
                     logits = tl.where(keys[:, None] <= last_key[None, :], logits, -float("inf"))
                 column += tl.sum(tl.exp2(logits * scale_log2 - lse[None, :]), 1)
                 passes = (logits >= bound[None, :]).to(tl.int32)
-                passes = passes.reshape(BLOCK_N, BLOCK_M // GROUP_PADDED, GROUP_PADDED)
+                passes = passes.reshape(BLOCK_N, rows.shape[0] // GROUP_PADDED, GROUP_PADDED)
                 counts += tl.sum(passes, 1)
 
         score = scores_ptr + head * total_k + start_k + keys
