@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -45,15 +46,9 @@ class Prompt:
         """(cu_seqlens_q, cu_seqlens_k), int32, for `post_vision_stats` over flattened rows.
 
         Each run of pads is a sequence of its own without query rows, so that no kernel needs to
-        know of padding. A batch without any pad has just its prompts.
+        know of padding. A batch without any pad has just its prompts. Read only: they are shared.
         """
-        if not any(self.pads):
-            lengths_k, lengths_q = list(self.lengths), list(self.query_rows)
-        else:
-            pairs = zip(self.pads, self.lengths, strict=True)
-            lengths_k = [n for pair in pairs for n in pair]
-            lengths_q = [n for rows in self.query_rows for n in (0, rows)]
-        return _cumulate(lengths_q, device), _cumulate(lengths_k, device)
+        return _cu_seqlens(self, device)
 
     def starts(self, device: torch.device) -> Tensor:
         """`[num_seqs + 1]` int32: the flattened row where each prompt's first real token lies."""
@@ -133,6 +128,17 @@ def last_position(is_visual: Tensor) -> list[int]:
     """1 + the position of the last visual token of each sequence; 0 where there is none."""
     position = torch.arange(1, is_visual.shape[1] + 1, device=is_visual.device)
     return (is_visual * position).amax(1).tolist()
+
+
+@functools.lru_cache(maxsize=4)  # every layer asks, and copying to a GPU waits for it
+def _cu_seqlens(prompt: Prompt, device: torch.device) -> tuple[Tensor, Tensor]:
+    if not any(prompt.pads):
+        lengths_k, lengths_q = list(prompt.lengths), list(prompt.query_rows)
+    else:
+        pairs = zip(prompt.pads, prompt.lengths, strict=True)
+        lengths_k = [n for pair in pairs for n in pair]
+        lengths_q = [n for rows in prompt.query_rows for n in (0, rows)]
+    return _cumulate(lengths_q, device), _cumulate(lengths_k, device)
 
 
 def _cumulate(lengths: Iterable[int], device: torch.device) -> Tensor:

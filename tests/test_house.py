@@ -1,0 +1,72 @@
+"""The layout keeps its promises: nothing is shadowed, the core is lean, kernels/ is portable."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_python(code: str, *path: Path) -> str:
+    """What a fresh interpreter prints, with these folders first on sys.path."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=path[-1], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("name", ["kernels", "integrations", "tests", "benchmarks"])
+def test_a_checkout_on_the_path_shadows_no_package(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text("WHOSE = 'theirs'")
+    assert run_python(f"import {name}; print({name}.WHOSE)", ROOT, tmp_path) == "theirs"
+
+
+def test_the_core_needs_torch_and_triton_alone(tmp_path):
+    heavy = ("transformers", "typer", "rich", "matplotlib", "PIL", "sglang")
+    code = (
+        "import sys, vlcache_triton.compress, vlcache_triton.streaming;"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    assert run_python(code, ROOT, tmp_path) == "[]"
+
+
+def test_kernels_import_only_torch_triton_and_each_other():
+    allowed = {"__future__", "torch", "triton", *sys.stdlib_module_names}
+    files = sorted((ROOT / "kernels").glob("*.py"))
+    assert files
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                roots = {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                roots = {(node.module or "").split(".")[0]}
+            else:
+                continue
+            assert roots <= allowed, (file.name, roots)
+
+
+def test_kernels_work_copied_into_an_engine(tmp_path):
+    package = tmp_path / "engine" / "attention"
+    package.mkdir(parents=True)
+    for file in (ROOT / "kernels").glob("*.py"):
+        (package / file.name).write_text(file.read_text())
+    code = "from engine.attention import score, select, compact, decode; print('ok')"
+    assert run_python(code, tmp_path) == "ok"
+
+
+def test_imports_point_down_only():
+    for file in (ROOT / "vlcache_triton").rglob("*.py"):
+        relative = file.relative_to(ROOT / "vlcache_triton")
+        if relative.parts[0] in ("kernels", "integrations", "cli", "formreader", "evaluation"):
+            continue
+        assert "integrations" not in file.read_text(), relative
+    for ours, other in (("transformers", "sglang"), ("sglang", "transformers")):
+        for file in (ROOT / "integrations" / ours).rglob("*.py"):
+            assert f"integrations.{other}" not in file.read_text(), file
