@@ -9,6 +9,7 @@ from torch import Tensor
 from .backend import Backend
 from .config import VLCacheConfig
 from .plan import CompressionPlan, make_plan, whole_plan
+from .policies import VL_CACHE, Policy
 from .prompt import Prompt
 from .ragged import RaggedCache
 from .reference import PostVisionStats
@@ -23,13 +24,20 @@ class PromptCompressor:
     Args:
         prompt: the batch; its `query_rows` say which rows are measured.
         num_layers: how many layers will be added; `num_added` counts them.
+        config: as `policy.configure` returns it.
+        policy: how tokens are ranked and heads share a layer's budget.
     """
 
     def __init__(
-        self, prompt: Prompt, num_layers: int, config: VLCacheConfig, backend: Backend
+        self,
+        prompt: Prompt,
+        num_layers: int,
+        config: VLCacheConfig,
+        backend: Backend,
+        policy: Policy = VL_CACHE,
     ) -> None:
         self.prompt, self.num_layers = prompt, num_layers
-        self.config, self.backend = config, backend
+        self.config, self.backend, self.policy = config, backend, policy
         self.compresses = prompt.is_compressible and not config.is_lossless
         self.num_added = self.bytes_seen = 0
         self._stats: list[PostVisionStats] = []
@@ -59,7 +67,7 @@ class PromptCompressor:
         """
         device = self._rows[0][0].device
         if self.compresses:
-            plan = make_plan(self._stats, self.prompt, self.config, self.backend)
+            plan = make_plan(self._stats, self.prompt, self.config, self.backend, self.policy)
         else:
             num_kv_heads = self._rows[0][0].shape[1]
             plan = whole_plan(self.prompt, self.num_layers, num_kv_heads, device)
@@ -68,7 +76,7 @@ class PromptCompressor:
         starts = self.prompt.starts(device)
         for layer in range(self.num_layers):
             k, v = self._rows.pop(0)
-            max_kept = int(plan.keep[layer].max())
+            max_kept = int(plan.head_keep[layer].max())
             cu_kept = plan.layer_cu_kept(layer)
             ragged.compact_layer(layer, k, v, starts, plan.indices, cu_kept, max_kept)
         return plan, ragged
@@ -99,10 +107,10 @@ class PromptCompressor:
         allocate: Callable[..., RaggedCache],
     ) -> RaggedCache:
         num_segments = len(self.prompt.pads) * plan.num_kv_heads
-        rows = int(plan.keep.sum()) * plan.num_kv_heads
+        rows = int(plan.head_keep.sum())
         ragged = allocate(
             rows + self.num_layers * num_segments * head_room,
-            int(plan.keep.max()) + head_room,
+            int(plan.head_keep.max()) + head_room,
             self.num_layers,
             num_segments,
             plan.num_kv_heads,

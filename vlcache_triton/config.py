@@ -28,6 +28,8 @@ class VLCacheConfig:
             or "pyramid" (linearly falling with depth, after PyramidKV), for comparison.
         granularity: "kv_head" selects tokens for each KV head on its own, "layer" one set for
             all heads of a layer.
+        smoothing: average the scores over this many neighbouring tokens before they are ranked, an
+            odd int; 1 ranks them as they are (the paper).
         max_query_rows: use only the last this many post-vision rows as queries; None uses all.
         text_window: for a prompt without an image: use its last this many rows as post-vision
             rows; None leaves such a prompt uncompressed.
@@ -43,6 +45,7 @@ class VLCacheConfig:
     max_layer_budget: float = 1.0
     allocation: Allocation = "sparsity"
     granularity: Granularity = "kv_head"
+    smoothing: int = 1
     max_query_rows: int | None = None
     text_window: int | None = None
 
@@ -67,6 +70,11 @@ class VLCacheConfig:
             raise _invalid("allocation", self.allocation, f"one of {get_args(Allocation)}")
         if self.granularity not in get_args(Granularity):
             raise _invalid("granularity", self.granularity, f"one of {get_args(Granularity)}")
+        smoothing = self.smoothing
+        if isinstance(smoothing, bool) or not isinstance(smoothing, int) or smoothing < 1:
+            raise _invalid("smoothing", smoothing, "an odd int >= 1")
+        if smoothing % 2 == 0:
+            raise _invalid("smoothing", smoothing, "an odd int >= 1")
         for name in ("max_query_rows", "text_window"):
             value = getattr(self, name)
             if value is not None and (

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .backend import Backend
 from .budgets import layer_budgets
 from .config import VLCacheConfig
+from .policies import VL_CACHE, Policy
 from .prompt import Prompt
 from .reference import PostVisionStats
 
@@ -21,58 +24,97 @@ class CompressionPlan:
     """What every layer keeps of every sequence.
 
     prompt: the batch it was made for.
-    num_kv_heads: of every layer.
     sparsity: `[num_layers, num_seqs]` fp64 on the host, γ' (eq. 2), the mean over query heads;
         NaN for a sequence that is left whole.
-    keep: `[num_layers, num_seqs]` int64 on the host, tokens kept by each KV head.
+    head_keep: `[num_layers, num_seqs, num_kv_heads]` int64 on the host, tokens that each KV head
+        keeps; the same number for the heads of a layer, where the policy does not say otherwise.
     indices: `[total_kept]` int32, the kept positions, packed by layer, sequence and KV head;
         relative to a sequence's first real token, ascending.
     cu_kept: `[num_layers * num_seqs * num_kv_heads + 1]` int32, where they start.
     """
 
     prompt: Prompt
-    num_kv_heads: int
     sparsity: Tensor
-    keep: Tensor
+    head_keep: Tensor
     indices: Tensor
     cu_kept: Tensor
 
+    @property
+    def num_kv_heads(self) -> int:
+        """Of every layer."""
+        return self.head_keep.shape[2]
+
+    @property
+    def keep(self) -> Tensor:
+        """`[num_layers, num_seqs]` int64 on the host: tokens kept by a KV head, in the mean. A
+        whole number: heads share out what a layer has for each of them."""
+        return self.head_keep.sum(-1) // self.num_kv_heads
+
     def kept_positions(self, layer: int, seq: int) -> Tensor:
-        """`[num_kv_heads, keep[layer, seq]]` int32 on the device, ascending along the last
-        dimension; `layer` counts the compressed layers."""
-        before = self.keep[:layer].sum() + self.keep[layer, :seq].sum()
-        count = int(self.keep[layer, seq])
-        start = int(before) * self.num_kv_heads
-        return self.indices[start : start + count * self.num_kv_heads].view(-1, count)
+        """`[num_kv_heads, most kept by a head]` int32 on the device, ascending along the last
+        dimension; -1 behind what a head keeps. `layer` counts the compressed layers."""
+        counts = self.head_keep[layer, seq].tolist()
+        start = int(self.head_keep[:layer].sum() + self.head_keep[layer, :seq].sum())
+        kept = self.indices[start : start + sum(counts)].split(counts)
+        return pad_sequence(list(kept), batch_first=True, padding_value=-1)
 
     def layer_cu_kept(self, layer: int) -> Tensor:
         """This layer's `[num_seqs * num_kv_heads + 1]` part of cu_kept."""
-        width = self.keep.shape[1] * self.num_kv_heads
+        width = self.head_keep[layer].numel()
         return self.cu_kept[layer * width : (layer + 1) * width + 1]
 
 
 def make_plan(
-    stats: Sequence[PostVisionStats], prompt: Prompt, config: VLCacheConfig, backend: Backend
+    stats: Sequence[PostVisionStats],
+    prompt: Prompt,
+    config: VLCacheConfig,
+    backend: Backend,
+    policy: Policy = VL_CACHE,
 ) -> CompressionPlan:
     """Budgets from sparsity (eq. 2, Algorithm 1), then Top-K of the scores (recipe steps 3 to 5).
 
     Args:
         stats: of each layer, over the rows that `prompt.cu_seqlens` describes.
+        config: as `policy.configure` returns it.
+        policy: how scores are ranked, and heads share a layer's budget.
 
     Cost: one host sync (the counts); time linear in num_layers * num_kv_heads * total_k.
     """
-    scores = torch.stack([layer_scores(s, config) for s in stats])
+    scores = torch.stack([layer_scores(s, prompt, config) for s in stats])
+    if policy.score is not None:
+        for span in prompt.spans:
+            scores[..., span] = policy.score(scores[..., span])
     density = torch.stack([layer_density(s, prompt) for s in stats]).cpu()  # the sync
     keep = prompt_budgets(density, prompt, config)
-    indices, cu_kept = select_kept(scores, keep, prompt, config, backend)
-    return CompressionPlan(prompt, scores.shape[1], 1.0 - density, keep, indices, cu_kept)
+    if policy.share_heads is None:
+        head_keep = keep[..., None].expand(-1, -1, scores.shape[1])
+        indices, cu_kept = select_kept(scores, keep, prompt, config, backend)
+    else:
+        shares = [
+            policy.share_heads(scores[..., span], keep[:, i]) for i, span in enumerate(prompt.spans)
+        ]
+        head_keep = torch.stack(shares, 1)
+        indices, cu_kept = select_by_head(scores, head_keep, prompt, config, backend)
+    return CompressionPlan(prompt, 1.0 - density, head_keep, indices, cu_kept)
 
 
-def layer_scores(stats: PostVisionStats, config: VLCacheConfig) -> Tensor:
-    """ψ `[num_kv_heads, total_k]` that the heads of a layer rank tokens by."""
+def layer_scores(stats: PostVisionStats, prompt: Prompt, config: VLCacheConfig) -> Tensor:
+    """`[num_kv_heads, total_k]` that the heads of a layer rank tokens by: ψ, averaged over
+    neighbours within a sequence and over heads, where configured."""
+    scores = stats.scores
+    if config.smoothing > 1:
+        scores = scores.clone()
+        for span in prompt.spans:
+            scores[:, span] = smooth(stats.scores[:, span], config.smoothing)
     if config.granularity == "kv_head":
-        return stats.scores
-    return stats.scores.mean(0, keepdim=True).expand_as(stats.scores)
+        return scores
+    return scores.mean(0, keepdim=True).expand_as(scores)
+
+
+def smooth(scores: Tensor, width: int) -> Tensor:
+    """The mean of each score and its neighbours, `width` in all, fewer at the ends; `[n, m]`."""
+    pooled = F.avg_pool1d(scores[:, None], width, 1, width // 2, count_include_pad=False)
+    return pooled[:, 0]
 
 
 def layer_density(stats: PostVisionStats, prompt: Prompt) -> Tensor:
@@ -118,6 +160,21 @@ def select_kept(
     return indices, torch.cat([starts, cu_kept[-1:]])
 
 
+def select_by_head(
+    scores: Tensor, head_keep: Tensor, prompt: Prompt, config: VLCacheConfig, backend: Backend
+) -> tuple[Tensor, Tensor]:
+    """As select_kept, for head_keep `[num_layers, num_seqs, num_kv_heads]`: each head is selected
+    for as if it were a layer, and the segments then put in order."""
+    keep = head_keep.transpose(1, 2).flatten(0, 1)  # [num_layers * num_kv_heads, num_seqs]
+    indices, _ = select_kept(scores.flatten(0, 1)[:, None], keep, prompt, config, backend)
+    pieces = indices.split(keep.flatten().tolist())
+    num_layers, num_seqs, num_kv_heads = head_keep.shape
+    order = torch.arange(len(pieces)).view(num_layers, num_kv_heads, num_seqs).transpose(1, 2)
+    indices = torch.cat([pieces[i] for i in order.flatten().tolist()])
+    counts = head_keep.flatten().to(indices.device)
+    return indices, torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+
+
 def whole_plan(
     prompt: Prompt, num_layers: int, num_kv_heads: int, device: torch.device
 ) -> CompressionPlan:
@@ -130,4 +187,5 @@ def whole_plan(
     cu_kept = torch.cat([ends.new_zeros(1), ends]).int()
     unmeasured = torch.full(keep.shape, math.nan, dtype=torch.float64)
     indices = one_layer.repeat(num_layers)
-    return CompressionPlan(prompt, num_kv_heads, unmeasured, keep, indices, cu_kept)
+    head_keep = keep[..., None].expand(-1, -1, num_kv_heads)
+    return CompressionPlan(prompt, unmeasured, head_keep, indices, cu_kept)

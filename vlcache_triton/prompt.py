@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import VLCacheConfig
+from .policies import VL_CACHE, Policy
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,12 @@ class Prompt:
     def is_compressible(self) -> bool:
         """Whether any sequence has post-vision rows."""
         return any(self.query_rows)
+
+    @property
+    def spans(self) -> tuple[slice, ...]:
+        """The flattened rows of each sequence, pads left out."""
+        width = self.padded_length
+        return tuple(slice(i * width + pad, (i + 1) * width) for i, pad in enumerate(self.pads))
 
     @property
     def segments(self) -> slice:
@@ -68,7 +75,12 @@ class Prompt:
         return torch.cat(rows)
 
 
-def read_prompt(is_visual: Tensor, attention_mask: Tensor | None, config: VLCacheConfig) -> Prompt:
+def read_prompt(
+    is_visual: Tensor,
+    attention_mask: Tensor | None,
+    config: VLCacheConfig,
+    policy: Policy = VL_CACHE,
+) -> Prompt:
     """Find the modality boundary of each sequence, and how many query rows follow it.
 
     The post-vision rows are those after the *last* visual token; the last row alone where the
@@ -80,6 +92,7 @@ def read_prompt(is_visual: Tensor, attention_mask: Tensor | None, config: VLCach
         attention_mask: `[num_seqs, padded_length]`, nonzero on tokens, zero on left pads; None
             where nothing is padded.
         config: `max_query_rows` and `text_window` are used.
+        policy: whose `query_rows` take the place of the post-vision rows, where there are any.
 
     Raises:
         ValueError: for right padding, for holes, and for a sequence without tokens.
@@ -99,6 +112,8 @@ def read_prompt(is_visual: Tensor, attention_mask: Tensor | None, config: VLCach
     for boundary, pad in zip(boundaries, pads, strict=True):
         rows = padded_length - boundary if boundary > 0 else config.text_window or 0
         rows = max(rows, 1) if boundary > 0 else min(rows, padded_length - pad)
+        if rows:
+            rows = policy.query_rows(rows, padded_length - pad)
         query_rows.append(min(rows, config.max_query_rows or rows))
     return Prompt(padded_length, tuple(pads), tuple(query_rows))
 

@@ -87,7 +87,7 @@ class RaggedCache:
 
         Every tensor stays where it is, so that a captured graph may go on reading it.
         """
-        kept = plan.keep.repeat_interleave(plan.num_kv_heads, 1)  # [num_layers, num_segments]
+        kept = plan.head_keep.flatten(1)  # [num_layers, num_segments]
         self._place((kept + room).tolist())
         self.seqused_k.copy_(kept)
         self.room = room

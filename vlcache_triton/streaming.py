@@ -68,7 +68,7 @@ class StreamingCompressor(PromptCompressor):
         for layer, pruned in enumerate(self._pruned):
             if bounds[layer].sum() <= WORTH_PRUNING * pruned.keep.sum():
                 self._pruned[layer] = self._prune(pruned, bounds[layer])
-        scores = layer_scores(stats, self.config)
+        scores = layer_scores(stats, self.prompt, self.config)
         self._pruned.append(self._prune_dense(k, v, scores, bounds[-1]))
 
     def pack(
@@ -89,9 +89,8 @@ class StreamingCompressor(PromptCompressor):
         cu_kept = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
         plan = CompressionPlan(
             self.prompt,
-            num_kv_heads,
             1.0 - density,
-            keep,
+            keep[..., None].expand(-1, -1, num_kv_heads),
             torch.cat(positions),
             cu_kept.to(positions[0].device),
         )

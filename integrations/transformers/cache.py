@@ -16,6 +16,7 @@ from vlcache_triton import VLCacheConfig
 from vlcache_triton.backend import BackendName, get_backend
 from vlcache_triton.compress import PromptCompressor
 from vlcache_triton.plan import CompressionPlan
+from vlcache_triton.policies import VL_CACHE, Policy
 from vlcache_triton.prompt import Prompt
 from vlcache_triton.ragged import RaggedCache
 from vlcache_triton.report import CompressionReport
@@ -111,6 +112,7 @@ class VLCache(Cache):
     Args:
         model_config: `model.config`.
         config: the choices of compression.
+        policy: what ranks tokens and shares the budget out; VL-Cache, or one of its rivals.
         max_new_tokens: tokens expected after the prompt; sizes the head room. More tokens are
             taken all the same, for a copy of the compressed cache now and then.
         backend: see `get_backend`.
@@ -119,7 +121,8 @@ class VLCache(Cache):
         graphs: whose captured steps decode on this cache; even a whole prompt is packed then.
 
     Raises:
-        NotImplementedError: for models that VL-Cache is not defined on.
+        NotImplementedError: for models that VL-Cache is not defined on, and for another policy
+            with streaming, which is exact for VL-Cache's budgets alone.
     """
 
     def __init__(
@@ -127,6 +130,7 @@ class VLCache(Cache):
         model_config: PreTrainedConfig,
         config: VLCacheConfig | None = None,
         *,
+        policy: Policy = VL_CACHE,
         max_new_tokens: int = MAX_HEAD_ROOM,
         backend: BackendName = "auto",
         streaming: bool = False,
@@ -134,6 +138,10 @@ class VLCache(Cache):
     ) -> None:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: got {max_new_tokens}, expected an int >= 1")
+        if streaming and policy is not VL_CACHE:
+            raise NotImplementedError(
+                f"streaming: got True with the policy {policy.name!r}, expected it with VL-Cache's"
+            )
         check_config(model_config)
         text_config = model_config.get_text_config(decoder=True)
         layers: list[Any] = []
@@ -147,7 +155,7 @@ class VLCache(Cache):
             else:
                 layers.append(DynamicSlidingWindowLayer(text_config.attention_chunk_size))
         super().__init__(layers=layers)
-        self.config = config or VLCacheConfig()
+        self.config, self.policy = policy.configure(config or VLCacheConfig()), policy
         self.backend_name: BackendName = backend
         self.head_room = min(max_new_tokens, MAX_HEAD_ROOM)
         self.streaming, self.graphs = streaming, graphs
@@ -216,7 +224,9 @@ class VLCache(Cache):
         if self._compressor is None:
             backend = get_backend(self.backend_name, k.device)
             make = StreamingCompressor if self.streaming else PromptCompressor
-            self._compressor = make(self.prompt, self._num_layers, self.config, backend)
+            self._compressor = make(
+                self.prompt, self._num_layers, self.config, backend, self.policy
+            )
         compressor = self._compressor
         with torch.no_grad():
             compressor.add(k, v, query.detach(), softmax_scale)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from vlcache_triton import VLCacheConfig
 from vlcache_triton.backend import BackendName, get_backend
+from vlcache_triton.policies import VL_CACHE, Policy
 from vlcache_triton.prompt import Prompt, read_prompt
 from vlcache_triton.report import CompressionReport
 
@@ -36,11 +37,12 @@ class Session:
         self,
         model: PreTrainedModel,
         config: VLCacheConfig,
+        policy: Policy,
         backend: BackendName,
         cuda_graph: bool,
         streaming: bool,
     ) -> None:
-        self.model, self.config, self.backend = model, config, backend
+        self.model, self.config, self.policy, self.backend = model, config, policy, backend
         self.streaming = streaming
         self.cache: VLCache | None = None
         self.graphs = DecodeGraphs(model.device, can_capture=cuda_graph)
@@ -52,6 +54,7 @@ class Session:
         self.cache = VLCache(
             self.model.config,
             self.config,
+            policy=self.policy,
             max_new_tokens=max_new_tokens,
             backend=self.backend,
             streaming=self.streaming,
@@ -96,6 +99,7 @@ def vl_cache(
     model: PreTrainedModel,
     config: VLCacheConfig | None = None,
     *,
+    policy: Policy = VL_CACHE,
     backend: BackendName = "auto",
     cuda_graph: bool | None = None,
     streaming: bool = False,
@@ -109,6 +113,8 @@ def vl_cache(
     Args:
         model: a vision-language model of Transformers with causal text.
         config: the choices of compression, or give them as keywords: `budget=0.1`.
+        policy: what ranks tokens and shares the budget out (vlcache_triton.policies), to compare
+            VL-Cache with its rivals.
         backend: "auto" is the Triton kernels on CUDA and the fp32 reference elsewhere.
         cuda_graph: decode by replaying a captured step; default on CUDA. A model with
             sliding-window layers decodes eagerly, with a warning.
@@ -127,7 +133,7 @@ def vl_cache(
     if text_config._attn_implementation == NAME:
         raise ValueError("model: got one inside a vl_cache block already, expected another")
     cuda_graph = _decide_cuda_graph(model, cuda_graph)
-    session = Session(model, config, backend, cuda_graph, streaming)
+    session = Session(model, config, policy, backend, cuda_graph, streaming)
     register()
     with ExitStack() as undo:
         _override(model, "generate", _checked_generate(model), undo)
@@ -226,7 +232,7 @@ def _begin(session: Session) -> Any:
             tokens = kwargs["inputs_embeds"] if input_ids is None else input_ids
             cache.begin_step(tokens.shape[1])
         elif cache.get_seq_length() == 0:
-            cache.begin(_read_prompt(model, input_ids, kwargs, session.config))
+            cache.begin(_read_prompt(model, input_ids, kwargs, cache))
             # A lossless prompt takes the stock path, bit for bit.
             prefilling.set(cache.prompt if cache.will_pack else None)
         return args, kwargs
@@ -235,7 +241,7 @@ def _begin(session: Session) -> Any:
 
 
 def _read_prompt(
-    model: PreTrainedModel, input_ids: Tensor | None, kwargs: dict, config: VLCacheConfig
+    model: PreTrainedModel, input_ids: Tensor | None, kwargs: dict, cache: VLCache
 ) -> Prompt:
     if input_ids is None:
         raise NotImplementedError(
@@ -245,7 +251,7 @@ def _read_prompt(
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         raise NotImplementedError("attention_mask: expected [num_seqs, length] or None")
     is_visual = visual_tokens(model, input_ids, kwargs.get("mm_token_type_ids"))
-    return read_prompt(is_visual, mask, config)
+    return read_prompt(is_visual, mask, cache.config, cache.policy)
 
 
 def _end(model: PreTrainedModel, args: tuple, kwargs: dict, output: Any) -> None:
