@@ -127,10 +127,10 @@ def select_tokens(
         total_kept: host upper bound of Σ keep * num_kv_heads, the size of `indices`; default
             scores.numel(). Budgets are exact, so callers know it without a sync.
     """
-    *_leading, num_kv_heads, _ = scores.shape
+    *leading, num_kv_heads, _ = scores.shape
     starts = cu_seqlens.tolist()
     num_seqs = len(starts) - 1
-    flat = scores.reshape(-1, num_kv_heads, scores.shape[-1])
+    flat = scores.reshape(math.prod(leading), num_kv_heads, scores.shape[-1])
     keep_counts = keep.reshape(-1, num_seqs).tolist()
     recent_counts = recent.reshape(-1, num_seqs).tolist()
     parts, counts = [], []
