@@ -84,7 +84,7 @@ def attention(prompt: Prompt, layer: Layer, seq: int) -> Tensor:
 
 def sparsity(maps: Tensor, threshold: float) -> float:
     """γ' (equations 1 and 2) of `attention`'s maps, the mean over heads, entry by entry."""
-    num_heads, rows, length = maps.shape
+    rows, length = maps.shape[1:]
     zeroed = visible = 0
     for head in maps:
         for i, row in enumerate(head):

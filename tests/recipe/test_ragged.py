@@ -1,0 +1,343 @@
+"""The ragged cache against lists of rows and dense fp32 attention; where no row is, poison is."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prompts import CPU, REFERENCE, make_prompt, segment
+from torch import Tensor
+
+from vlcache_triton import ragged as ragged_module
+from vlcache_triton.plan import CompressionPlan
+from vlcache_triton.ragged import RaggedCache
+
+D, D_V = 8, 12
+ATOL = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+class Twin:
+    """A RaggedCache beside what it should hold: the rows of each (layer, segment), as tensors."""
+
+    def __init__(
+        self,
+        keep: list[list[int]],
+        room: int,
+        num_kv_heads: int = 2,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.dtype, self.num_kv_heads, self.num_layers = dtype, num_kv_heads, len(keep)
+        counts = self._head_keep(keep)
+        num_segments = counts[0].numel()
+        self.ragged = RaggedCache(
+            int(counts.sum()) + room * counts.numel(),
+            int(counts.max()) + room,
+            self.num_layers,
+            num_segments,
+            num_kv_heads,
+            torch.empty(0, D, dtype=dtype),
+            torch.empty(0, D_V, dtype=dtype),
+            REFERENCE,
+        )
+        self.fill(keep, room)
+        self.poison()
+
+    def _head_keep(self, keep: list[list[int]]) -> Tensor:
+        """`[num_layers, num_seqs, num_kv_heads]`: head h keeps h tokens more than keep says."""
+        return torch.tensor(keep)[..., None] + torch.arange(self.num_kv_heads)
+
+    def fill(self, keep: list[list[int]], room: int) -> None:
+        """Lay a plan out that keeps every second row of each sequence."""
+        counts = self._head_keep(keep)
+        lengths = counts.amax((0, 2)) * 2
+        prompt = make_prompt(lengths.tolist(), [1] * len(lengths))
+        indices = torch.cat([torch.arange(n) * 2 for n in counts.flatten().tolist()]).int()
+        cu_kept = torch.cat([torch.zeros(1), counts.flatten().cumsum(0)]).int()
+        unmeasured = torch.zeros(counts.shape[:2], dtype=torch.float64)
+        plan = CompressionPlan(prompt, unmeasured, counts, indices, cu_kept)
+        self.ragged.lay_out(plan, room)
+        self.rows: list[list[tuple[Tensor, Tensor]]] = []
+        rows = len(lengths) * prompt.padded_length
+        starts = prompt.starts(CPU)
+        for layer in range(self.num_layers):
+            k, v = self.draw(rows, self.num_kv_heads, D), self.draw(rows, self.num_kv_heads, D_V)
+            self.ragged.compact_layer(
+                layer, k, v, starts, indices, plan.layer_cu_kept(layer), int(counts[layer].max())
+            )
+            kept = []
+            for s, n in enumerate(counts[layer].flatten().tolist()):
+                seq, head = divmod(s, self.num_kv_heads)
+                source = int(starts[seq]) + torch.arange(n) * 2
+                kept.append((k[source, head], v[source, head]))
+            self.rows.append(kept)
+
+    def draw(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator).to(self.dtype)
+
+    def poison(self) -> None:
+        """NaN in every row of the pools that is not live."""
+        live = torch.zeros(len(self.ragged.k), dtype=torch.bool)
+        starts = self.ragged.cu_seqlens_k[:, :-1].flatten().tolist()
+        for start, n in zip(starts, self.ragged.seqused_k.flatten().tolist(), strict=True):
+            assert not live[start : start + n].any(), "segments overlap"
+            live[start : start + n] = True
+        self.ragged.k[~live] = math.nan
+        self.ragged.v[~live] = math.nan
+
+    def append(self, n: int) -> None:
+        """A step of n rows in every layer, as the adapter does it."""
+        num_seqs = self.ragged.num_seqs
+        for layer in range(self.num_layers):
+            k = self.draw(num_seqs, self.num_kv_heads, n, D)
+            v = self.draw(num_seqs, self.num_kv_heads, n, D_V)
+            self.ragged.append(layer, k, v)
+            flat = zip(self.rows[layer], k.flatten(0, 1), v.flatten(0, 1), strict=True)
+            self.rows[layer] = [
+                (torch.cat([old_k, new_k]), torch.cat([old_v, new_v]))
+                for (old_k, old_v), new_k, new_v in flat
+            ]
+        self.ragged.room -= n
+
+    def select(self, index: list[int]) -> None:
+        self.ragged.select_sequences(torch.tensor(index))
+        heads = range(self.num_kv_heads)
+        chosen = [i * self.num_kv_heads + h for i in index for h in heads]
+        self.rows = [[row[s] for s in chosen] for row in self.rows]
+
+    def check_rows(self) -> None:
+        for layer, row in enumerate(self.rows):
+            for s, (k, v) in enumerate(row):
+                live_k, live_v = segment(self.ragged, layer, *divmod(s, self.num_kv_heads))
+                assert torch.equal(live_k, k) and torch.equal(live_v, v)
+
+    def check_attention(self, n: int, group: int = 2) -> None:
+        """Each of the last n rows sees all rows up to its own, and nothing else."""
+        num_seqs = self.ragged.num_seqs
+        num_heads = self.num_kv_heads * group
+        for layer in range(self.num_layers):
+            q = self.draw(num_seqs, num_heads, n, D)
+            out = self.ragged.attend(layer, q, 0.3)
+            assert out.shape == (num_seqs, n, num_heads, D_V) and out.dtype == self.dtype
+            for seq in range(num_seqs):
+                for head in range(num_heads):
+                    k, v = self.rows[layer][seq * self.num_kv_heads + head // group]
+                    expected = dense_attention(q[seq, head], k, v, 0.3)
+                    got = out[seq, :, head].float()
+                    torch.testing.assert_close(got, expected, atol=ATOL[self.dtype], rtol=0)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Row i of q `[n, d]` sees the first len(k) - n + i + 1 rows; fp32."""
+    logits = q.float() @ k.float().T * scale
+    hidden = torch.arange(len(k)) > torch.arange(len(k) - len(q), len(k))[:, None]
+    return logits.masked_fill(hidden, -math.inf).softmax(-1) @ v.float()
+
+
+KEEP = [[5, 2], [1, 7], [3, 3]]
+
+
+@pytest.mark.parametrize("dtype", ATOL, ids=str)
+@pytest.mark.parametrize("n", [1, 2, 7, 16, 17, 40])
+def test_rows_are_appended_and_attended_to(n, dtype):
+    twin = Twin(KEEP, room=80, dtype=dtype)
+    for _ in range(2):
+        twin.append(n)
+        twin.check_rows()
+        twin.check_attention(n)
+
+
+@pytest.mark.parametrize("group", [1, 2, 7])
+@pytest.mark.parametrize("num_kv_heads", [1, 3])
+@pytest.mark.parametrize("n", [1, 3, 20])
+def test_heads_and_groups(num_kv_heads, group, n):
+    twin = Twin([[4, 1, 6]], room=20, num_kv_heads=num_kv_heads)
+    twin.append(n)
+    twin.check_attention(n, group)
+
+
+@pytest.mark.parametrize("n", [255, 256, 257, 600])
+def test_a_long_turn_is_taken_in_parts(n):
+    assert ragged_module.ROWS_AT_ONCE == 256
+    twin = Twin([[5, 9]], room=n, num_kv_heads=1)
+    twin.append(n)
+    twin.check_attention(n)
+
+
+def test_a_turn_behind_an_answer():
+    twin = Twin(KEEP, room=64)
+    for n in (1, 1, 1, 30, 1, 5):
+        twin.append(n)
+        twin.poison()
+        twin.check_attention(n)
+    twin.check_rows()
+
+
+def test_growth_keeps_what_is_there_and_says_so():
+    twin = Twin(KEEP, room=2)
+    ragged = twin.ragged
+    pool = ragged.k
+    assert not ragged.reserve(2) and ragged.k is pool and ragged.room == 2
+    twin.append(2)
+    twin.check_rows()
+    assert ragged.reserve(1) and ragged.k is not pool
+    assert ragged.room >= ragged_module.GROWTH
+    assert ragged.max_seqlen_k >= int(ragged.seqused_k.max()) + ragged.room
+    twin.check_rows()
+    twin.poison()
+    twin.append(1)
+    twin.check_rows()
+    twin.check_attention(1)
+
+
+@pytest.mark.parametrize("n", [1, 500])
+def test_growth_makes_room_for_all_that_is_asked(n):
+    twin = Twin(KEEP, room=3)
+    twin.ragged.reserve(n)
+    assert twin.ragged.room >= n
+    twin.poison()
+    twin.append(n)
+    twin.check_rows()
+    twin.check_attention(n, group=1)
+
+
+def test_growth_is_by_a_quarter_at_least():
+    """So that a long answer copies its cache a few times, not at every step."""
+    twin = Twin([[2000]], room=1, num_kv_heads=1)
+    assert twin.ragged.reserve(2)
+    assert twin.ragged.room >= 2000 // 4
+
+
+@pytest.mark.parametrize("index", [[1, 0], [0, 0], [1], [2, 1, 1, 0, 2]])
+def test_sequences_are_reordered_repeated_and_dropped(index):
+    twin = Twin([[5, 2, 3], [1, 7, 2]], room=20)
+    twin.append(1)
+    twin.select(index)
+    assert twin.ragged.num_seqs == len(index)
+    twin.check_rows()
+    twin.poison()
+    twin.append(1)
+    twin.check_rows()
+    twin.check_attention(1)
+    twin.append(18)
+    twin.check_attention(18)
+
+
+def test_copies_of_a_sequence_go_separate_ways():
+    twin = Twin([[5, 2]], room=4)
+    twin.select([1, 1])
+    twin.append(1)  # other rows for each
+    one, other = (segment(twin.ragged, 0, seq, 0)[0] for seq in range(2))
+    assert torch.equal(one[:-1], other[:-1]) and not torch.equal(one[-1], other[-1])
+
+
+def test_segments_that_keep_nothing():
+    twin = Twin([[0, 3], [2, 0]], room=24)
+    twin.check_rows()
+    twin.append(1)
+    twin.check_attention(1)
+    assert twin.ragged.reserve(40)
+    twin.poison()
+    twin.append(20)
+    twin.check_rows()
+    twin.check_attention(20)
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("append"), st.sampled_from([1, 1, 1, 2, 5, 16, 17, 30])),
+    st.tuples(st.just("reserve"), st.sampled_from([1, 4, 200])),
+    st.tuples(st.just("select"), st.lists(st.integers(0, 1), min_size=1, max_size=3)),
+)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.lists(st.lists(st.integers(1, 9), min_size=2, max_size=2), min_size=1, max_size=3),
+    st.integers(0, 20),
+    st.lists(STEPS, min_size=1, max_size=6),
+)
+def test_any_course_of_events(keep, room, steps):
+    twin = Twin(keep, room)
+    for what, argument in steps:
+        if what == "append":
+            twin.ragged.reserve(argument)
+            twin.poison()
+            twin.append(argument)
+            twin.check_attention(argument)
+        elif what == "reserve":
+            before = twin.ragged.room
+            assert twin.ragged.reserve(argument) == (argument > before)
+            assert twin.ragged.room >= argument
+        else:
+            twin.select([i % twin.ragged.num_seqs for i in argument])
+        twin.check_rows()
+
+
+def test_a_new_plan_leaves_every_tensor_where_it_is():
+    """Captured graphs read these tensors."""
+    twin = Twin(KEEP, room=10)
+    ragged = twin.ragged
+    names = ("k", "v", "cu_seqlens_k", "seqused_k")
+    before = [getattr(ragged, name).data_ptr() for name in names]
+    twin.append(3)
+    twin.fill([[2, 1], [4, 4], [1, 3]], 9)
+    assert [getattr(ragged, name).data_ptr() for name in names] == before
+    assert ragged.room == 9
+    twin.poison()
+    twin.check_rows()
+    twin.append(2)
+    twin.check_attention(2)
+
+
+def test_bytes_count_both_pools_with_their_room():
+    ragged = Twin(KEEP, room=10, dtype=torch.float16).ragged
+    kept = 2 * 21 + 3 * 2  # both heads, and one more for the second
+    rows = kept + 10 * 3 * 4
+    assert ragged.nbytes == rows * (D + D_V) * 2
+    assert ragged.num_seqs == 2
+
+
+def arguments(**changes):
+    usual = dict(
+        capacity=64,
+        max_seqlen_k=16,
+        num_layers=2,
+        num_segments=4,
+        num_kv_heads=2,
+        k_like=torch.empty(0, D),
+        v_like=torch.empty(0, D_V),
+        backend=REFERENCE,
+    )
+    return usual | changes
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(capacity=128),
+        dict(max_seqlen_k=17),
+        dict(num_layers=3),
+        dict(num_segments=6),
+        dict(num_kv_heads=4),
+        dict(k_like=torch.empty(0, D + 1)),
+        dict(v_like=torch.empty(0, D)),
+        dict(k_like=torch.empty(0, D, dtype=torch.half)),
+        dict(k_like=torch.empty(0, D, device="meta")),
+        dict(backend=REFERENCE._replace(name="other")),
+    ],
+    ids=lambda change: "-".join(change),
+)
+def test_a_cache_fits_only_what_it_was_made_for(change):
+    ragged = RaggedCache(**arguments())
+    assert ragged.fits(**arguments())
+    assert not ragged.fits(**arguments(**change))
+
+
+def test_more_rows_than_int32_can_count_are_refused():
+    like = torch.empty(0, D, device="meta")
+    with pytest.raises(ValueError, match=f"^capacity: got {2**31} rows"):
+        RaggedCache(**arguments(capacity=2**31, k_like=like, v_like=like))
+    made = RaggedCache(**arguments(capacity=2**31 - 1, k_like=like, v_like=like))
+    assert len(made.k) == 2**31 - 1
