@@ -222,7 +222,7 @@ def gemma3() -> Built:
     config = hf.Gemma3Config(
         vision_config=SIGLIP,
         text_config=dict(
-            TEXT, head_dim=16, query_pre_attn_scalar=16, sliding_window=16, layer_types=layer_types
+            TEXT, head_dim=16, query_pre_attn_scalar=4, sliding_window=16, layer_types=layer_types
         ),
         mm_tokens_per_image=16,
         image_token_index=IMAGE,
