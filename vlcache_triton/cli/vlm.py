@@ -1,0 +1,207 @@
+"""Load a vision-language model, show it images and a prompt, and take its answer."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import huggingface_hub
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
+
+from vlcache_triton import VLCacheConfig
+from vlcache_triton.formreader import chat, load_form_reader
+from vlcache_triton.integrations.transformers import vl_cache
+from vlcache_triton.report import CompressionReport
+
+from .console import UserError, one_line
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+EMBEDDED = "form-reader"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A model's answer to one prompt.
+
+    kv_bytes: K and V of the prompt as cached after prefill, or after compression; the generated
+        tokens, which are never compressed, are not counted.
+    kept: tokens of the prompt that each KV head keeps, per layer.
+    seconds: prefill, compression and decoding together.
+    report: what compression did; None with the full cache.
+    """
+
+    text: str
+    num_tokens: int
+    kv_bytes: int
+    kept: list[int]
+    seconds: float
+    report: CompressionReport | None
+
+
+class VisionLanguageModel:
+    """A model and its processor, on the GPU where there is one.
+
+    Args:
+        source: a model on the hub or a folder; None is the embedded form reader.
+
+    Raises:
+        UserError: where there is no such model, or none that Transformers can load without
+            running code of the model's authors.
+    """
+
+    def __init__(self, source: str | None) -> None:
+        self.name = source or EMBEDDED
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        logging.set_verbosity_error()
+        if source is None or not sys.stderr.isatty():
+            logging.disable_progress_bar()
+        if source is None:
+            self.model: Any
+            self.processor: Any
+            self.model, self.processor = load_form_reader(device=self.device)
+            return
+        _check_exists(source)
+        # Half precision is slow on CPUs; a checkpoint keeps its own on a GPU.
+        dtype = "auto" if self.device == "cuda" else torch.float32
+        try:
+            self.processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+            model = AutoModelForImageTextToText.from_pretrained(
+                source, dtype=dtype, trust_remote_code=False
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(f"model: cannot load {source!r}: {one_line(str(error))}") from error
+        self.model = model.eval().to(self.device)
+
+    def encode(self, images: Sequence[Image.Image], prompt: str) -> Any:
+        """A user's turn, images first, as the inputs of `generate`, on the model's device."""
+        with _refusals():
+            if getattr(self.processor, "chat_template", None):
+                inputs = self.processor.apply_chat_template(
+                    chat(images, [prompt]),
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=True,
+                    return_tensors="pt",
+                )
+            else:
+                token = getattr(self.processor, "image_token", "")
+                marks = "" if token and token in prompt else token * len(images)
+                inputs = self.processor(
+                    images=list(images), text=marks + prompt, return_tensors="pt"
+                )
+        return inputs.to(self.device, dtype=self.model.dtype)
+
+    def answer(
+        self,
+        inputs: Any,
+        config: VLCacheConfig,
+        max_new_tokens: int,
+        progress: Progress | None = None,
+    ) -> Answer:
+        """Decode greedily from a cache compressed as `config` says, advancing `progress` by token.
+
+        A lossless config is the stock model with its stock cache.
+        """
+        streamer = None if progress is None else _Ticks(progress)
+        arguments = {
+            **inputs,
+            "max_new_tokens": max_new_tokens,
+            "do_sample": False,
+            "num_beams": 1,
+            "return_dict_in_generate": True,
+            "streamer": streamer,
+        }
+        report = None
+        started = self._now()
+        with _refusals():
+            if config.is_lossless:
+                output = self.model.generate(**arguments)
+            else:
+                with vl_cache(self.model, config) as session:
+                    output = self.model.generate(**arguments)
+                report = session.report()
+        seconds = self._now() - started
+        prompt_length = inputs["input_ids"].shape[1]
+        new = output.sequences[0, prompt_length:]
+        text = self.processor.decode(new, skip_special_tokens=True).strip()
+        if report is None:
+            cache = output.past_key_values
+            kv_bytes, kept = _dense_bytes(cache, prompt_length), [prompt_length] * len(cache.layers)
+        else:
+            kv_bytes, kept = report.bytes_after, [kept for (kept,) in report.kept]
+        return Answer(text, len(new), kv_bytes, kept, seconds, report)
+
+    def _now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def _check_exists(source: str) -> None:
+    """Ask the hub once for a model that is not on disk: from_pretrained would retry for minutes."""
+    if Path(source).is_dir():
+        return
+    try:
+        if not isinstance(huggingface_hub.try_to_load_from_cache(source, "config.json"), str):
+            url = huggingface_hub.hf_hub_url(source, "config.json")
+            huggingface_hub.get_hf_file_metadata(url)
+    except Exception as error:  # the hub's HTTP client, and so its errors, differ by version
+        reason = one_line(str(error))
+        raise UserError(f"model: no folder {source!r}, and not on the hub: {reason}") from error
+
+
+def open_images(paths: Sequence[Path]) -> list[Image.Image]:
+    """The images, upright, in RGB.
+
+    Raises:
+        UserError: naming the file that cannot be read as an image.
+    """
+    images = []
+    for path in paths:
+        try:
+            with Image.open(path) as file:
+                images.append(ImageOps.exif_transpose(file).convert("RGB"))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise UserError(f"image: cannot read {str(path)!r}: {one_line(str(reason))}") from error
+    return images
+
+
+def _dense_bytes(cache: Any, prompt_length: int) -> int:
+    """K and V of the prompt in a stock cache of one sequence, generated tokens left out."""
+    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    return sum(t[..., :prompt_length, :].numel() * t.element_size() for t in tensors)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What the libraries refuse is for the user to put right."""
+    try:
+        yield
+    except (ValueError, NotImplementedError, torch.OutOfMemoryError) as error:
+        raise UserError(str(error)) from error
+
+
+class _Ticks:
+    """A streamer that advances a progress bar by one at each generated token."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.prompt_seen = progress, False
+
+    def put(self, value: Any) -> None:
+        if self.prompt_seen:
+            self.progress.advance(self.progress.task_ids[0])
+        self.prompt_seen = True
+
+    def end(self) -> None:
+        pass
