@@ -186,15 +186,15 @@ def post_vision_stats(
     )
     columns = column_pass_launch(d, q.element_size(), group)
 
-    float32 = {"dtype": torch.float32, "device": q.device}
-    scores = torch.zeros(num_kv_heads, total_k, **float32)
-    retained = torch.empty(num_seqs, num_heads, dtype=torch.int64, device=q.device)
-    visible = torch.empty(num_seqs, dtype=torch.int64, device=q.device)
-    # Maximum and sum of each split; then bound and log-sum-exp of each row.
     group_padded = triton.next_power_of_2(group)
     num_rows = num_kv_heads * total_q * group_padded
-    partials = torch.empty(2, rows.num_splits, num_rows, **float32)
-    row_stats = torch.empty(2, num_rows, **float32)
+    device = q.device
+    scores = torch.zeros(num_kv_heads, total_k, dtype=torch.float32, device=device)
+    retained = torch.empty(num_seqs, num_heads, dtype=torch.int64, device=device)
+    visible = torch.empty(num_seqs, dtype=torch.int64, device=device)
+    # Maximum and sum of each split; then bound and log-sum-exp of each row.
+    partials = torch.empty(2, rows.num_splits, num_rows, dtype=torch.float32, device=device)
+    row_stats = torch.empty(2, num_rows, dtype=torch.float32, device=device)
 
     shared = {
         "q_ptr": q,
@@ -218,39 +218,40 @@ def post_vision_stats(
         "GROUP": group,
         "GROUP_PADDED": group_padded,
     }
-    _row_kernel[(rows.num_row_blocks * rows.num_splits, num_kv_heads, num_seqs)](
-        **shared,
-        visible_ptr=visible,
-        partials_ptr=partials,
-        num_row_blocks=rows.num_row_blocks,
-        num_splits=rows.num_splits,
-        split_size=rows.split_size,
-        BLOCK_M=rows.BLOCK_M,
-        BLOCK_N=rows.BLOCK_N,
-        num_warps=rows.num_warps,
-        num_stages=rows.num_stages,
-    )
     block = 32
-    _combine_kernel[(triton.cdiv(num_rows, block),)](
-        partials_ptr=partials,
-        row_stats_ptr=row_stats,
-        scale_log2=scale * math.log2(math.e),
-        margin=math.log(threshold) / scale,
-        num_rows=num_rows,
-        num_splits=rows.num_splits,
-        MAX_SPLITS=MAX_SPLITS,
-        GROUP=group,
-        GROUP_PADDED=group_padded,
-        BLOCK=block,
-        num_warps=4,
-    )
-    _column_kernel[(triton.cdiv(max_seqlen_k, columns.BLOCK_N), num_kv_heads, num_seqs)](
-        **shared,
-        row_stats_ptr=row_stats,
-        scores_ptr=scores,
-        total_k=total_k,
-        **columns._asdict(),
-    )
+    with torch.cuda.device_of(q):  # the model may lie on several devices
+        _row_kernel[(rows.num_row_blocks * rows.num_splits, num_kv_heads, num_seqs)](
+            **shared,
+            visible_ptr=visible,
+            partials_ptr=partials,
+            num_row_blocks=rows.num_row_blocks,
+            num_splits=rows.num_splits,
+            split_size=rows.split_size,
+            BLOCK_M=rows.BLOCK_M,
+            BLOCK_N=rows.BLOCK_N,
+            num_warps=rows.num_warps,
+            num_stages=rows.num_stages,
+        )
+        _combine_kernel[(triton.cdiv(num_rows, block),)](
+            partials_ptr=partials,
+            row_stats_ptr=row_stats,
+            scale_log2=scale * math.log2(math.e),
+            margin=math.log(threshold) / scale,
+            num_rows=num_rows,
+            num_splits=rows.num_splits,
+            MAX_SPLITS=MAX_SPLITS,
+            GROUP=group,
+            GROUP_PADDED=group_padded,
+            BLOCK=block,
+            num_warps=4,
+        )
+        _column_kernel[(triton.cdiv(max_seqlen_k, columns.BLOCK_N), num_kv_heads, num_seqs)](
+            **shared,
+            row_stats_ptr=row_stats,
+            scores_ptr=scores,
+            total_k=total_k,
+            **columns._asdict(),
+        )
     return PostVisionStats(scores, retained, visible)
 
 

@@ -156,7 +156,8 @@ def _row_kernel(
                 shift = new_max
                 if masked:  # a row that has seen no key yet: exp2(-inf - 0) is 0, not NaN
                     shift = tl.where(new_max == -float("inf"), 0.0, new_max)
-                weights = tl.exp2(logits * scale_log2 - (shift * scale_log2)[:, None])
+                # An explicit fma, as Triton fuses by itself up to 3.9 only.
+                weights = tl.exp2(tl.fma(logits, scale_log2, -(shift * scale_log2)[:, None]))
                 row_sum = row_sum * tl.exp2((row_max - shift) * scale_log2) + tl.sum(weights, 1)
                 row_max = new_max
 
@@ -291,7 +292,7 @@ def _column_kernel(
                 if masked:
                     last_key = n_k - n_q + token + tokens
                     logits = tl.where(keys[:, None] <= last_key[None, :], logits, -float("inf"))
-                column += tl.sum(tl.exp2(logits * scale_log2 - lse[None, :]), 1)
+                column += tl.sum(tl.exp2(tl.fma(logits, scale_log2, -lse[None, :])), 1)
                 passes = (logits >= bound[None, :]).to(tl.int32)
                 passes = passes.reshape(BLOCK_N, rows.shape[0] // GROUP_PADDED, GROUP_PADDED)
                 counts += tl.sum(passes, 1)

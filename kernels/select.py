@@ -90,22 +90,23 @@ def select_tokens(
     indices = torch.empty(total_kept, dtype=torch.int32, device=scores.device)
     cu_kept = torch.empty(num_segments + 1, dtype=torch.int32, device=scores.device)
     launch = select_launch(max_seqlen)
-    # One program more than segments: it writes the total.
-    _select_kernel[(num_segments + 1,)](
-        scores_ptr=scores,
-        cu_seqlens_ptr=cu_seqlens,
-        keep_ptr=keep,
-        recent_ptr=recent,
-        indices_ptr=indices,
-        cu_kept_ptr=cu_kept,
-        num_segments=num_segments,
-        num_seqs=num_seqs,
-        num_kv_heads=num_kv_heads,
-        total_k=total_k,
-        total_kept=total_kept,
-        BLOCK=launch.BLOCK,
-        num_warps=launch.num_warps,
-    )
+    with torch.cuda.device_of(scores):  # the model may lie on several devices
+        # One program more than segments: it writes the total.
+        _select_kernel[(num_segments + 1,)](
+            scores_ptr=scores,
+            cu_seqlens_ptr=cu_seqlens,
+            keep_ptr=keep,
+            recent_ptr=recent,
+            indices_ptr=indices,
+            cu_kept_ptr=cu_kept,
+            num_segments=num_segments,
+            num_seqs=num_seqs,
+            num_kv_heads=num_kv_heads,
+            total_k=total_k,
+            total_kept=total_kept,
+            BLOCK=launch.BLOCK,
+            num_warps=launch.num_warps,
+        )
     return Selection(indices, cu_kept)
 
 

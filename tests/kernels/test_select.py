@@ -230,6 +230,19 @@ def test_large(device: torch.device, n: int) -> None:
 
 
 @pytest.mark.gpu
+def test_the_host_never_waits(device: torch.device) -> None:
+    scores = torch.rand(2, 700, device=device)
+    arguments = (scores, cumulative([700], device), integers([70], device), integers([7], device))
+    select_tokens(*arguments, max_seqlen=700)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        selection = select_tokens(*arguments, max_seqlen=700)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert selection.cu_kept.tolist() == [0, 70, 140]
+
+
+@pytest.mark.gpu
 def test_past_2_to_the_31_elements(device: torch.device) -> None:
     n, layers = 2**20, 2049
     scores = torch.zeros(layers, 1, n, device=device)
