@@ -52,7 +52,7 @@ class PromptCompressor:
         """
         self._count(k, v)
         if self.compresses:
-            self._stats.append(self._measure(k, q, softmax_scale))
+            self._stats.append(self.measure(k, q, softmax_scale))
         self._rows.append((k, v))
 
     def pack(
@@ -85,7 +85,8 @@ class PromptCompressor:
         self.num_added += 1
         self.bytes_seen += k.nbytes + v.nbytes
 
-    def _measure(self, k: Tensor, q: Tensor, softmax_scale: float) -> PostVisionStats:
+    def measure(self, k: Tensor, q: Tensor, softmax_scale: float) -> PostVisionStats:
+        """The statistics of a layer's query rows; arguments as for `add`."""
         cu_seqlens_q, cu_seqlens_k = self.prompt.cu_seqlens(k.device)
         return self.backend.post_vision_stats(
             self.prompt.pack_query_rows(q),

@@ -150,11 +150,11 @@ def adaptive_heads(scores: Tensor, keep: Tensor, safeguard: float) -> Tensor:
     num_heads, length = scores.shape[1:]
     device = scores.device
     certain = (safeguard * keep).floor().long().to(device)[:, None, None]
-    order = scores.sort(-1, descending=True, stable=True).indices
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
     rank = torch.arange(length, device=device).expand_as(order)
     rank = torch.empty_like(order).scatter_(-1, order, rank)  # of each token within its head
     flat = scores.masked_fill(rank < certain, torch.inf).flatten(1)
-    head = flat.sort(-1, descending=True, stable=True).indices // length
+    head = flat.sort(dim=-1, descending=True, stable=True).indices // length
     is_taken = torch.arange(flat.shape[1], device=device) < (keep * num_heads).to(device)[:, None]
     counts = torch.zeros(scores.shape[:2], dtype=torch.int64, device=device)
     return counts.scatter_add_(1, head, is_taken.long()).cpu()

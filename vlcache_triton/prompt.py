@@ -112,10 +112,14 @@ def read_prompt(
     for boundary, pad in zip(boundaries, pads, strict=True):
         rows = padded_length - boundary if boundary > 0 else config.text_window or 0
         rows = max(rows, 1) if boundary > 0 else min(rows, padded_length - pad)
-        if rows:
-            rows = policy.query_rows(rows, padded_length - pad)
-        query_rows.append(min(rows, config.max_query_rows or rows))
+        query_rows.append(count_query_rows(rows, padded_length - pad, config, policy))
     return Prompt(padded_length, tuple(pads), tuple(query_rows))
+
+
+def count_query_rows(post_vision: int, length: int, config: VLCacheConfig, policy: Policy) -> int:
+    """How many of a prompt's last rows are measured, given its post-vision rows; 0 of 0."""
+    rows = policy.query_rows(post_vision, length) if post_vision else 0
+    return min(rows, config.max_query_rows or rows)
 
 
 def left_pads(attention_mask: Tensor) -> list[int]:

@@ -62,7 +62,7 @@ class StreamingCompressor(PromptCompressor):
             super().add(k, v, q, softmax_scale)
             return
         self._count(k, v)
-        stats = self._measure(k, q, softmax_scale)
+        stats = self.measure(k, q, softmax_scale)
         self._density.append(layer_density(stats, self.prompt).cpu())
         bounds = self._bounds()
         for layer, pruned in enumerate(self._pruned):
