@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Allocation = Literal["sparsity", "uniform", "pyramid"]
 Granularity = Literal["kv_head", "layer"]
@@ -81,6 +81,21 @@ class VLCacheConfig:
                 isinstance(value, bool) or not isinstance(value, int) or value < 1
             ):
                 raise _invalid(name, value, "None or an int >= 1")
+
+    @classmethod
+    def tuned(cls, budget: float | int = 0.1, **choices: Any) -> VLCacheConfig:
+        """What answered best on tuning pages of the embedded model; not the paper's recipe.
+
+        The last 16 post-vision rows, where the question is complete; scores averaged over three
+        neighbouring tokens, since what surrounds an attended token is soon needed; one set of
+        tokens for the KV heads of a layer. Measured on held-out pages in benchmarks/results/;
+        on other models, measure first (`vlcache eval --model`).
+
+        Args:
+            choices: further fields, which take precedence.
+        """
+        preset: dict[str, Any] = {"max_query_rows": 16, "smoothing": 3, "granularity": "layer"}
+        return cls(budget=budget, **{**preset, **choices})
 
     @property
     def is_lossless(self) -> bool:

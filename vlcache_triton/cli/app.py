@@ -9,6 +9,7 @@ import typer
 
 from .console import UserError, one_line
 from .demo import demo
+from .eval import evaluate
 from .generate import generate
 from .inspect import inspect
 
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 for command in (demo, generate, inspect):
     app.command()(command)
+app.command("eval")(evaluate)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,120 @@
+"""The results as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .summary import ALL_SUITES, Cell, names, pick
+
+ABLATION = {
+    ("sparsity-aware layers", "post-vision scores"): "vl_cache",
+    ("sparsity-aware layers", "all-row scores"): "all rows, sparsity-aware",
+    ("uniform layers", "post-vision scores"): "post-vision, uniform",
+    ("uniform layers", "all-row scores"): "all rows, uniform",
+}
+ABLATION_BUDGETS = (0.05, 0.1, 0.2, 0.4)
+
+
+def report(cells: Sequence[Cell], about: dict[str, Any]) -> str:
+    """A page: what was measured, the full cache by suite, curves as tables, the ablation.
+
+    Args:
+        cells: as `summarise` returns them.
+        about: what to say of the run: model, date, machine, versions.
+    """
+    suites = names(cells, "suite")
+    parts = ["# Accuracy under compression", _about(about), _full(cells)]
+    for suite in [s for s in (ALL_SUITES, *suites) if s in suites][:1] + [
+        s for s in suites if s != ALL_SUITES
+    ]:
+        parts.append(_curves(cells, suite))
+    parts.append(_ablation(cells))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _about(about: dict[str, Any]) -> str:
+    return "\n".join(f"- {name}: {value}" for name, value in about.items())
+
+
+def _full(cells: Sequence[Cell]) -> str:
+    """What the full cache can do, which is the ceiling of everything else."""
+    rows = [
+        [
+            cell.suite,
+            str(cell.num_items),
+            f"{cell.exact:.3f} ({cell.exact_low:.3f} to {cell.exact_high:.3f})",
+            f"{cell.anls:.3f}",
+            f"{cell.kv_bytes / 1e6:.2f}",
+        ]
+        for cell in cells
+        if cell.variant == "full"
+    ]
+    head = ["suite", "items", "exact match (95 %)", "ANLS", "KV cache, MB"]
+    return "## The full cache\n\n" + _table(head, rows)
+
+
+def _curves(cells: Sequence[Cell], suite: str) -> str:
+    """Tables of one suite, variants by budgets."""
+    here = [c for c in cells if c.suite == suite and c.variant != "full"]
+    if not here:
+        return ""
+    full = pick(cells, suite, "full", 1.0)
+    assert full is not None
+    title = "All suites" if suite == ALL_SUITES else f"Suite: {suite}"
+    parts = [f"## {title}", f"{full.num_items} items; full cache {full.exact:.3f} exact."]
+    if full.num_full:
+        parts.append(
+            f"Exact match among the {full.num_full} items that the full cache answers right:"
+        )
+        parts.append(_by_budget(here, lambda c: _number(c.retained)))
+    parts += ["ANLS:", _by_budget(here, lambda c: _number(c.anls))]
+    parts += ["Tokens that agree with the full cache's:"]
+    parts.append(_by_budget(here, lambda c: _number(c.agreement)))
+    parts += ["Cache hit rate:", _by_budget(here, lambda c: _number(c.hit_rate))]
+    return "\n\n".join(parts)
+
+
+def _ablation(cells: Sequence[Cell]) -> str:
+    """The two ideas of the paper, on and off."""
+    suite = ALL_SUITES if ALL_SUITES in names(cells, "suite") else names(cells, "suite")[0]
+    rows = []
+    for (layers, scores), variant in ABLATION.items():
+        found = [pick(cells, suite, variant, budget) for budget in ABLATION_BUDGETS]
+        if any(found):
+            rows.append([layers, scores, *(_interval(cell) for cell in found)])
+    if not rows:
+        return ""
+    head = ["layers", "scores", *(f"{budget:.0%}" for budget in ABLATION_BUDGETS)]
+    return "\n\n".join(
+        [
+            "## Ablation",
+            f"Exact match (95 % Wilson interval) among the items of suite {suite!r} that the full"
+            " cache answers right. All-row cells take the layers' sparsity from all rows, too.",
+            _table(head, rows),
+        ]
+    )
+
+
+def _by_budget(cells: Sequence[Cell], text: Callable[[Cell], str]) -> str:
+    budgets = sorted(names(cells, "budget"))
+    rows = []
+    for variant in names(cells, "variant"):
+        found = [pick(cells, cells[0].suite, variant, budget) for budget in budgets]
+        rows.append([variant, *("" if cell is None else text(cell) for cell in found)])
+    return _table(["kept", *(f"{budget:.0%}" for budget in budgets)], rows)
+
+
+def _interval(cell: Cell | None) -> str:
+    if cell is None or cell.retained is None:
+        return ""
+    return f"{cell.retained:.3f} ({cell.retained_low:.3f} to {cell.retained_high:.3f})"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *("---:" for _ in head[1:])]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))

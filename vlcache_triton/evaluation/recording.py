@@ -1,0 +1,193 @@
+"""One prefill of a prompt with the full cache, from which any policy can compress a copy."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlcache_triton.backend import get_backend
+from vlcache_triton.compress import PromptCompressor
+from vlcache_triton.config import VLCacheConfig
+from vlcache_triton.integrations.transformers.cache import VLCache, VLCacheLayer
+from vlcache_triton.plan import CompressionPlan, make_plan
+from vlcache_triton.prompt import Prompt, count_query_rows
+from vlcache_triton.ragged import RaggedCache
+from vlcache_triton.reference import PostVisionStats
+
+from .variants import Variant
+
+
+class _Layer(NamedTuple):
+    """A layer of the prompt after RoPE: k, v `[length, num_kv_heads, d]`, q
+    `[1, num_heads, length, d]`."""
+
+    k: Tensor
+    v: Tensor
+    q: Tensor
+    softmax_scale: float
+
+
+class _Watched(RaggedCache):
+    """A ragged cache that remembers the query rows it was asked about, for the hindsight oracle."""
+
+    def __init__(self, capacity: int, max_seqlen_k: int, num_layers: int, *shape: Any) -> None:
+        super().__init__(capacity, max_seqlen_k, num_layers, *shape)
+        self.queries: list[list[Tensor]] = [[] for _ in range(num_layers)]
+
+    def attend(self, layer: int, q: Tensor, softmax_scale: float) -> Tensor:
+        self.queries[layer].append(q[0].transpose(0, 1))  # [n, num_heads, d]
+        return super().attend(layer, q, softmax_scale)
+
+
+class Recording(VLCache):
+    """The full cache of one prompt, in the ragged layout, with all that a policy may look at.
+
+    Hand it to the model as `past_key_values` of the prompt's forward pass inside a vl_cache block,
+    and decode on it for the full cache's answer. `compress` makes compressed copies of the prompt.
+    """
+
+    def __init__(self, model_config: Any, **kwargs: Any) -> None:
+        super().__init__(model_config, VLCacheConfig(budget=1.0), **kwargs)
+        self.model_config = model_config
+        self.other_layers: dict[int, Any] = {}
+        self._recorded: list[_Layer] = []
+        self._stats: dict[int, list[PostVisionStats]] = {}
+
+    @property
+    def will_pack(self) -> bool:
+        return self.prompt is not None
+
+    def compress_layer(self, k: Tensor, v: Tensor, query: Tensor, softmax_scale: float) -> None:
+        """Remember a layer of the prompt; the last one packs all of it."""
+        assert self.prompt is not None
+        if len(self.prompt.pads) != 1:
+            raise ValueError(f"input_ids: got {len(self.prompt.pads)} sequences, expected one")
+        self._recorded.append(_Layer(k, v, query, softmax_scale))
+        if len(self._recorded) < self._num_layers:
+            return
+        backend = get_backend(self.backend_name, k.device)
+        packer = PromptCompressor(self.prompt, self._num_layers, self.config, backend)
+        for layer in self._recorded:
+            packer.add(layer.k, layer.v, layer.q, layer.softmax_scale)
+        _, self.ragged = packer.pack(self.head_room, _Watched)
+        self.num_seen = self.prompt.padded_length
+
+    @property
+    def prompt_bytes(self) -> int:
+        """K and V of the prompt in the layers that are compressed."""
+        return sum(layer.k.nbytes + layer.v.nbytes for layer in self._recorded)
+
+    @property
+    def num_rows(self) -> int:
+        """K and V rows of the prompt, over layers and KV heads."""
+        return sum(layer.k.shape[0] * layer.k.shape[1] for layer in self._recorded)
+
+    def keep_other_layers(self) -> None:
+        """Remember the sliding-window layers as the prompt left them: call it before decoding."""
+        self.other_layers = {
+            i: copy.deepcopy(layer)
+            for i, layer in enumerate(self.layers)
+            if not isinstance(layer, VLCacheLayer)
+        }
+
+    def answer_attention(self, num_rows: int) -> Tensor:
+        """What the last `num_rows` rows decoded paid to each token of the prompt.
+
+        Returns `[num_layers, num_kv_heads, length]` fp32: attention with the full cache, summed
+        over rows and averaged over the query heads of a KV head.
+        """
+        assert self.prompt is not None and isinstance(self.ragged, _Watched)
+        ragged, length = self.ragged, self.prompt.padded_length
+        per_layer = []
+        for layer, recorded in enumerate(self._recorded):
+            starts = ragged.cu_seqlens_k[layer, :-1].long()
+            rows = starts[:, None] + torch.arange(self.num_seen, device=starts.device)
+            k = ragged.k[rows, 0].transpose(0, 1).contiguous()  # [num_seen, num_kv_heads, d]
+            q = torch.cat(ragged.queries[layer])[-num_rows:]
+            stats = ragged.backend.post_vision_stats(
+                q,
+                k,
+                torch.tensor([0, len(q)], dtype=torch.int32, device=k.device),
+                torch.tensor([0, len(k)], dtype=torch.int32, device=k.device),
+                len(q),
+                len(k),
+                softmax_scale=recorded.softmax_scale,
+            )
+            per_layer.append(stats.scores[:, :length])
+        return torch.stack(per_layer)
+
+    def compress(self, plans: Sequence[CompressionPlan]) -> CompressedCopies:
+        """One cache of as many sequences as plans: the prompt, compressed in each way.
+
+        Memory: what is kept, and the dense K and V of one layer for each plan in passing.
+        """
+        assert self.ragged is not None
+        plan, backend = _stack_plans(plans), self.ragged.backend
+        num_layers, num_seqs, num_kv_heads = plan.head_keep.shape
+        ragged = RaggedCache(
+            int(plan.head_keep.sum()) + plan.head_keep.numel() * self.head_room,
+            int(plan.head_keep.max()) + self.head_room,
+            num_layers,
+            num_seqs * num_kv_heads,
+            num_kv_heads,
+            self._recorded[0].k,
+            self._recorded[0].v,
+            backend,
+        )
+        ragged.lay_out(plan, self.head_room)
+        starts = plan.prompt.starts(ragged.k.device)
+        for layer, recorded in enumerate(self._recorded):
+            k, v = (x.repeat(num_seqs, 1, 1) for x in (recorded.k, recorded.v))
+            cu_kept, max_kept = plan.layer_cu_kept(layer), int(plan.head_keep[layer].max())
+            ragged.compact_layer(layer, k, v, starts, plan.indices, cu_kept, max_kept)
+        return CompressedCopies(self, plan, ragged)
+
+    def plan_for(self, variant: Variant) -> CompressionPlan:
+        """What a variant keeps of the prompt; statistics are taken once for all variants that
+        have the same query rows."""
+        assert self.prompt is not None and self.ragged is not None
+        config, backend = variant.effective, self.ragged.backend
+        (post_vision,), (length,) = self.prompt.query_rows, self.prompt.lengths
+        rows = count_query_rows(post_vision, length, config, variant.policy)
+        prompt = dataclasses.replace(self.prompt, query_rows=(rows,))
+        if rows not in self._stats:
+            measure = PromptCompressor(prompt, self._num_layers, config, backend)
+            self._stats[rows] = [measure.measure(x.k, x.q, x.softmax_scale) for x in self._recorded]
+        return make_plan(self._stats[rows], prompt, config, backend, variant.policy)
+
+
+class CompressedCopies(VLCache):
+    """One prompt, compressed in several ways: a batch to decode on. `plan` says what was kept."""
+
+    def __init__(self, source: Recording, plan: CompressionPlan, ragged: RaggedCache) -> None:
+        super().__init__(source.model_config, backend=source.backend_name)
+        self.prompt, self.plan, self.ragged = plan.prompt, plan, ragged
+        self.num_seen = plan.prompt.padded_length
+        for i, layer in source.other_layers.items():
+            layer = copy.deepcopy(layer)
+            layer.batch_repeat_interleave(len(plan.prompt.pads))
+            self.layers[i] = layer
+
+
+def _stack_plans(plans: Sequence[CompressionPlan]) -> CompressionPlan:
+    """Plans of one prompt as the plan of a batch that repeats it."""
+    pieces = [p.indices.split(p.head_keep.sum((1, 2)).tolist()) for p in plans]  # by layer
+    indices = torch.cat([piece for layer in zip(*pieces, strict=True) for piece in layer])
+    head_keep = torch.cat([p.head_keep for p in plans], 1)
+    counts = head_keep.flatten().to(indices.device)
+    return CompressionPlan(
+        Prompt(
+            plans[0].prompt.padded_length,
+            (0,) * len(plans),
+            tuple(p.prompt.query_rows[0] for p in plans),
+        ),
+        torch.cat([p.sparsity for p in plans], 1),
+        head_keep,
+        indices,
+        torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int(),
+    )
