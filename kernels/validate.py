@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+import triton
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -49,3 +50,14 @@ def num_multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def expect_paged_or_packed(name: str, x: Tensor, paged: bool) -> None:
+    """Pages where there is a block table, else packed rows."""
+    layout = "[num_blocks, page_size, num_kv_heads, d]" if paged else "[total_k, num_kv_heads, d]"
+    expect(x.dim() == (4 if paged else 3), name, f"shape {tuple(x.shape)}", layout)
+
+
+def padded(head_size: int) -> int:
+    """The head size as tiles have it: a power of two that a matrix product takes."""
+    return max(16, triton.next_power_of_2(head_size))

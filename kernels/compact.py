@@ -1,0 +1,325 @@
+"""Move the kept rows of K and V together: into a ragged pool, or to the front in place."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .validate import (
+    expect,
+    expect_float,
+    expect_int32,
+    expect_paged_or_packed,
+    expect_same_device,
+)
+
+ROWS = 32  # of a tile: 8 KiB of K and as much of V at d = 128 in two bytes
+
+
+def compact_kv(
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_k: Tensor,
+    indices: Tensor,
+    cu_kept: Tensor,
+    out_k: Tensor,
+    out_v: Tensor,
+    cu_seqlens_out: Tensor,
+    *,
+    max_kept: int,
+    block_table: Tensor | None = None,
+    out_block_table: Tensor | None = None,
+) -> None:
+    """Move the kept rows of one layer's K and V to the front of their segments of a ragged pool.
+
+    Segment s = (sequence, KV head) of the sources becomes varlen sequence s of the pool. Rows of
+    the pool behind a segment's kept rows (its head room) are not written.
+
+    Args:
+        k, v: `[total_k, num_kv_heads, d]` (`d_v` for v), or pages
+            `[num_blocks, page_size, num_kv_heads, d]`; any strides whose last is 1.
+        cu_seqlens_k: `[num_seqs + 1]` int32, whose starts alone are used; unused for pages.
+        indices, cu_kept: this layer's part of a Selection: cu_kept is
+            `[num_seqs * num_kv_heads + 1]` int32 and may start above 0.
+        out_k, out_v: `[capacity, 1, d]`, or pages `[num_blocks, page_size, 1, d]`; must not
+            overlap the sources (see compact_kv_).
+        cu_seqlens_out: `[num_seqs * num_kv_heads + 1]` int32, segment starts; unused for pages.
+        max_kept: host upper bound of the kept tokens of a segment.
+        block_table: `[num_seqs, max_blocks]` int32, pages of the sources.
+        out_block_table: `[num_seqs * num_kv_heads, max_blocks]` int32, pages of the pool.
+
+    Raises:
+        ValueError: an argument that does not fit the others, by name.
+        NotImplementedError: a dtype that is not fp16, bf16 or fp32.
+    """
+    num_segments = _validate(k, v, cu_seqlens_k, indices, cu_kept, block_table)
+    expect_same_device(k=k, out_k=out_k, out_v=out_v, cu_seqlens_out=cu_seqlens_out)
+    for name, source, out in (("out_k", k, out_k), ("out_v", v, out_v)):
+        expect_paged_or_packed(name, out, out_block_table is not None)
+        expect_float(name, out)
+        expect(out.dtype == source.dtype, name, f"dtype {out.dtype}", f"{source.dtype}")
+        shape = (1, source.shape[-1])
+        expect(tuple(out.shape[-2:]) == shape, name, f"shape {tuple(out.shape)}", f"(..., {shape})")
+    expect_int32("cu_seqlens_out", cu_seqlens_out, (num_segments + 1,))
+    if out_block_table is not None:
+        shape = (num_segments, out_block_table.shape[-1])
+        expect_int32("out_block_table", out_block_table, shape)
+    if num_segments == 0 or max_kept <= 0:
+        return
+    with torch.cuda.device_of(k):  # the model may lie on several devices
+        _compact_kernel[(triton.cdiv(max_kept, ROWS), num_segments)](
+            **_source_arguments(k, v, cu_seqlens_k, indices, cu_kept, block_table),
+            out_k_ptr=out_k,
+            out_v_ptr=out_v,
+            cu_seqlens_out_ptr=cu_seqlens_out,
+            out_block_table_ptr=out_block_table,
+            out_max_blocks=0 if out_block_table is None else out_block_table.shape[1],
+            stride_out_k_page=0 if out_block_table is None else out_k.stride(0),
+            stride_out_k_row=out_k.stride(-3),
+            stride_out_v_page=0 if out_block_table is None else out_v.stride(0),
+            stride_out_v_row=out_v.stride(-3),
+            OUT_PAGE_SIZE=1 if out_block_table is None else out_k.shape[1],
+            num_warps=4,
+        )
+
+
+def compact_kv_(
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_k: Tensor,
+    indices: Tensor,
+    cu_kept: Tensor,
+    *,
+    max_kept: int,
+    block_table: Tensor | None = None,
+) -> None:
+    """Move the kept rows to the front of their own sequence, in place, each KV head on its own.
+
+    Arguments as for compact_kv. After it, logical row j of (sequence i, KV head h) holds kept
+    token j of segment i * num_kv_heads + h; rows behind are unchanged. Needs no second copy.
+
+    Cost: one program walks a whole segment, as a tile may only move when those before it have.
+    """
+    num_segments = _validate(k, v, cu_seqlens_k, indices, cu_kept, block_table)
+    if num_segments == 0 or max_kept <= 0:
+        return
+    with torch.cuda.device_of(k):  # the model may lie on several devices
+        _compact_in_place_kernel[(num_segments,)](
+            **_source_arguments(k, v, cu_seqlens_k, indices, cu_kept, block_table),
+            num_warps=4,
+        )
+
+
+def _source_arguments(k, v, cu_seqlens_k, indices, cu_kept, block_table) -> dict[str, object]:
+    paged = block_table is not None
+    return {
+        "k_ptr": k,
+        "v_ptr": v,
+        "cu_seqlens_k_ptr": cu_seqlens_k,
+        "indices_ptr": indices,
+        "cu_kept_ptr": cu_kept,
+        "block_table_ptr": block_table,
+        "num_kv_heads": k.shape[-2],
+        "max_blocks": block_table.shape[1] if paged else 0,
+        "stride_k_page": k.stride(0) if paged else 0,
+        "stride_k_row": k.stride(-3),
+        "stride_k_head": k.stride(-2),
+        "stride_v_page": v.stride(0) if paged else 0,
+        "stride_v_row": v.stride(-3),
+        "stride_v_head": v.stride(-2),
+        "PAGE_SIZE": k.shape[1] if paged else 1,
+        "HEAD_SIZE": k.shape[-1],
+        "HEAD_SIZE_V": v.shape[-1],
+        "D": triton.next_power_of_2(max(k.shape[-1], v.shape[-1])),
+        "ROWS": ROWS,
+    }
+
+
+def _validate(k, v, cu_seqlens_k, indices, cu_kept, block_table) -> int:
+    """The number of segments."""
+    expect_same_device(
+        k=k,
+        v=v,
+        cu_seqlens_k=cu_seqlens_k,
+        indices=indices,
+        cu_kept=cu_kept,
+        block_table=block_table,
+    )
+    for name, x in (("k", k), ("v", v)):
+        expect_paged_or_packed(name, x, block_table is not None)
+        expect_float(name, x)
+    same = k.shape[:-1] == v.shape[:-1]
+    expect(same, "v", f"shape {tuple(v.shape)}", f"({tuple(k.shape[:-1])}, d_v), as k")
+    num_seqs = cu_seqlens_k.shape[0] - 1 if block_table is None else block_table.shape[0]
+    if block_table is None:
+        expect_int32("cu_seqlens_k", cu_seqlens_k, (num_seqs + 1,))
+    else:
+        expect_int32("block_table", block_table, (num_seqs, block_table.shape[-1]))
+    num_segments = num_seqs * k.shape[-2]
+    expect_int32("indices", indices, (indices.numel(),))
+    expect_int32("cu_kept", cu_kept, (num_segments + 1,))
+    return num_segments
+
+
+@triton.jit
+def _rows_of(
+    positions,  # [ROWS]
+    mask,
+    start_ptr,  # at the sequence's start; unused for pages
+    block_table_ptr,  # at the sequence's row, or None
+    stride_page,
+    stride_row,
+    PAGE_SIZE: tl.constexpr,
+):
+    """Offsets of logical positions of one sequence."""
+    if block_table_ptr is None:
+        return (tl.load(start_ptr) + positions).to(tl.int64) * stride_row
+    page = tl.load(block_table_ptr + positions // PAGE_SIZE, mask=mask, other=0).to(tl.int64)
+    return page * stride_page + (positions % PAGE_SIZE).to(tl.int64) * stride_row
+
+
+@triton.jit(do_not_specialize=["num_kv_heads", "max_blocks", "out_max_blocks"])
+def _compact_kernel(
+    k_ptr,
+    v_ptr,
+    cu_seqlens_k_ptr,
+    indices_ptr,
+    cu_kept_ptr,
+    block_table_ptr,
+    num_kv_heads,
+    max_blocks,
+    stride_k_page,
+    stride_k_row,
+    stride_k_head,
+    stride_v_page,
+    stride_v_row,
+    stride_v_head,
+    out_k_ptr,
+    out_v_ptr,
+    cu_seqlens_out_ptr,
+    out_block_table_ptr,
+    out_max_blocks,
+    stride_out_k_page,
+    stride_out_k_row,
+    stride_out_v_page,
+    stride_out_v_row,
+    PAGE_SIZE: tl.constexpr,
+    OUT_PAGE_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_SIZE_V: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One tile of ROWS kept rows of one segment."""
+    segment = tl.program_id(1).to(tl.int64)
+    first = tl.load(cu_kept_ptr + segment)
+    kept = tl.load(cu_kept_ptr + segment + 1) - first
+    if tl.program_id(0) * ROWS < kept:
+        seq, head = segment // num_kv_heads, segment % num_kv_heads
+        if block_table_ptr is not None:
+            block_table_ptr += seq * max_blocks
+        if out_block_table_ptr is not None:
+            out_block_table_ptr += segment * out_max_blocks
+        targets = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        mask = targets < kept
+        positions = tl.load(indices_ptr + first.to(tl.int64) + targets, mask=mask, other=0)
+        dims = tl.arange(0, D)
+        mask_k = mask[:, None] & (dims < HEAD_SIZE)[None, :]
+        mask_v = mask[:, None] & (dims < HEAD_SIZE_V)[None, :]
+        start = cu_seqlens_k_ptr + seq
+        start_out = cu_seqlens_out_ptr + segment
+
+        rows = _rows_of(
+            positions, mask, start, block_table_ptr, stride_k_page, stride_k_row, PAGE_SIZE
+        )
+        source = k_ptr + (rows + head * stride_k_head)[:, None] + dims[None, :]
+        k = tl.load(source, mask=mask_k)
+        rows = _rows_of(
+            positions, mask, start, block_table_ptr, stride_v_page, stride_v_row, PAGE_SIZE
+        )
+        source = v_ptr + (rows + head * stride_v_head)[:, None] + dims[None, :]
+        v = tl.load(source, mask=mask_v)
+        rows = _rows_of(
+            targets,
+            mask,
+            start_out,
+            out_block_table_ptr,
+            stride_out_k_page,
+            stride_out_k_row,
+            OUT_PAGE_SIZE,
+        )
+        tl.store(out_k_ptr + rows[:, None] + dims[None, :], k, mask=mask_k)
+        rows = _rows_of(
+            targets,
+            mask,
+            start_out,
+            out_block_table_ptr,
+            stride_out_v_page,
+            stride_out_v_row,
+            OUT_PAGE_SIZE,
+        )
+        tl.store(out_v_ptr + rows[:, None] + dims[None, :], v, mask=mask_v)
+
+
+@triton.jit(do_not_specialize=["num_kv_heads", "max_blocks"])
+def _compact_in_place_kernel(
+    k_ptr,
+    v_ptr,
+    cu_seqlens_k_ptr,
+    indices_ptr,
+    cu_kept_ptr,
+    block_table_ptr,
+    num_kv_heads,
+    max_blocks,
+    stride_k_page,
+    stride_k_row,
+    stride_k_head,
+    stride_v_page,
+    stride_v_row,
+    stride_v_head,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_SIZE_V: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """All kept rows of one segment, tile by tile.
+
+    Kept positions ascend, so row j comes from a position >= j. A tile's sources are all read
+    before it is written (the barrier), and it writes only rows below those that later tiles read.
+    """
+    segment = tl.program_id(0).to(tl.int64)
+    first = tl.load(cu_kept_ptr + segment)
+    kept = tl.load(cu_kept_ptr + segment + 1) - first
+    seq, head = segment // num_kv_heads, segment % num_kv_heads
+    if block_table_ptr is not None:
+        block_table_ptr += seq * max_blocks
+    start = cu_seqlens_k_ptr + seq
+    k_ptr += head * stride_k_head
+    v_ptr += head * stride_v_head
+    dims = tl.arange(0, D)
+    for tile in range(0, kept, ROWS):
+        targets = tile + tl.arange(0, ROWS)
+        mask = targets < kept
+        mask_k = mask[:, None] & (dims < HEAD_SIZE)[None, :]
+        mask_v = mask[:, None] & (dims < HEAD_SIZE_V)[None, :]
+        positions = tl.load(indices_ptr + first.to(tl.int64) + targets, mask=mask, other=0)
+        rows = _rows_of(
+            positions, mask, start, block_table_ptr, stride_k_page, stride_k_row, PAGE_SIZE
+        )
+        k = tl.load(k_ptr + rows[:, None] + dims[None, :], mask=mask_k)
+        rows = _rows_of(
+            positions, mask, start, block_table_ptr, stride_v_page, stride_v_row, PAGE_SIZE
+        )
+        v = tl.load(v_ptr + rows[:, None] + dims[None, :], mask=mask_v)
+        tl.debug_barrier()
+        rows = _rows_of(
+            targets, mask, start, block_table_ptr, stride_k_page, stride_k_row, PAGE_SIZE
+        )
+        tl.store(k_ptr + rows[:, None] + dims[None, :], k, mask=mask_k)
+        rows = _rows_of(
+            targets, mask, start, block_table_ptr, stride_v_page, stride_v_row, PAGE_SIZE
+        )
+        tl.store(v_ptr + rows[:, None] + dims[None, :], v, mask=mask_v)

@@ -1,0 +1,275 @@
+"""Split-KV attention of few query rows over variable-length caches, and the append before it.
+
+The interface is that of `flash_attn_varlen_func` (flash-attn 2.8) with FlashAttention-3's
+`seqused_k`. Lengths are read on the device and the grid depends on capacities alone, so a step may
+be captured in a CUDA graph and replayed while the lengths change.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .append import append_kv
+from .decode_kernels import _combine_kernel, _split_kernel
+from .validate import (
+    expect,
+    expect_float,
+    expect_int32,
+    expect_paged_or_packed,
+    expect_same_device,
+    num_multiprocessors,
+    padded,
+)
+
+__all__ = ["MAX_SEQLEN_Q", "DecodeLaunch", "append_kv", "decode_launch", "varlen_decode"]
+
+MAX_SEQLEN_Q = 16
+MIN_SPLIT, MAX_SPLIT = 128, 2048  # keys: less is all latency, more leaves a tail at the end
+
+
+class DecodeLaunch(NamedTuple):
+    """Launch of a decode: each program takes BLOCK_M rows and split_size keys."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+    num_row_blocks: int
+    num_splits: int
+    split_size: int
+
+
+def decode_launch(
+    head_size: int,
+    itemsize: int,
+    group: int,
+    num_kv_heads: int,
+    num_seqs: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    multiprocessors: int,
+) -> DecodeLaunch:
+    """Splits of equal size, so that ragged lengths make long and short work even out.
+
+    About eight programs a multiprocessor, of which two to four run at once: fewer leave a tail,
+    more write more partial results than they gain.
+    """
+    rows = max_seqlen_q * group
+    block_m = max(16, min(64, triton.next_power_of_2(rows)))
+    if itemsize == 2:
+        block_n, num_stages = (64, 3) if head_size <= 128 else (32, 3)
+    else:
+        block_n, num_stages = (32, 2) if head_size <= 128 else (16, 2)
+    num_row_blocks = triton.cdiv(rows, block_m)
+    programs = max(num_seqs * num_kv_heads * num_row_blocks, 1)
+    splits = max(8 * multiprocessors // programs, 1)
+    split_size = triton.cdiv(triton.cdiv(max(max_seqlen_k, 1), splits), block_n) * block_n
+    split_size = min(max(split_size, MIN_SPLIT), MAX_SPLIT)
+    return DecodeLaunch(
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=4,
+        num_stages=num_stages,
+        num_row_blocks=num_row_blocks,
+        num_splits=max(triton.cdiv(max_seqlen_k, split_size), 1),
+        split_size=split_size,
+    )
+
+
+def varlen_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    return_softmax_lse: bool = False,
+    out: Tensor | None = None,
+    workspace: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of 1 to 16 query rows a sequence over its cache.
+
+    Args:
+        q: `[total_q, num_heads, d]` fp16, bf16 or fp32; d from 1 to 256.
+        k, v: `[total_k, num_kv_heads, d]` (`d_v` for v), or pages
+            `[num_blocks, page_size, num_kv_heads, d]`, of q's dtype; any strides whose last is 1.
+            The ragged layout is num_kv_heads = 1 and a sequence for each (sequence, KV head).
+        cu_seqlens_q, cu_seqlens_k: `[num_seqs + 1]` int32. With seqused_k, cu_seqlens_k gives the
+            starts, head room included; with pages it only bounds the lengths where seqused_k is
+            not given.
+        max_seqlen_q, max_seqlen_k: host upper bounds of the lengths; the grid is made for them.
+        softmax_scale: default 1 / sqrt(d).
+        causal: bottom-right aligned.
+        window_size: (left, right) keys visible round the aligned diagonal, -1 for no bound.
+        softcap: logits become tanh(logits / softcap) * softcap where it is above 0.
+        seqused_k: `[num_seqs]` int32, live keys of each sequence, on the device.
+        block_table: `[num_seqs, max_blocks]` int32.
+        return_softmax_lse: also return the log-sum-exp, `[num_heads, total_q]` fp32, natural log.
+        out: `[total_q, num_heads, d_v]`, written where given.
+        workspace: fp32, of `workspace_size` elements at least; made where not given.
+
+    Returns:
+        `[total_q, num_heads, d_v]` of q's dtype. A row that sees no key is 0 with lse -inf.
+
+    Raises:
+        ValueError: an argument that does not fit the others, by name.
+        NotImplementedError: a dtype, head size or query length that is not supported.
+    """
+    _validate(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, seqused_k, block_table, out)
+    total_q, num_heads, d = q.shape
+    num_kv_heads, d_v = v.shape[-2:]
+    num_seqs = cu_seqlens_q.shape[0] - 1
+    launch = decode_launch(
+        max(d, d_v),
+        q.element_size(),
+        num_heads // num_kv_heads,
+        num_kv_heads,
+        num_seqs,
+        max_seqlen_q,
+        max_seqlen_k,
+        num_multiprocessors(q.device),
+    )
+    paged = block_table is not None
+    out = q.new_empty(total_q, num_heads, d_v) if out is None else out
+    lse = None
+    if return_softmax_lse:
+        lse = torch.empty(num_heads, total_q, dtype=torch.float32, device=q.device)
+    num_rows, is_direct = total_q * num_heads, launch.num_splits == 1
+    if not is_direct:
+        needed = workspace_size(total_q, num_heads, d_v, launch.num_splits)
+        if workspace is None:
+            workspace = torch.empty(needed, dtype=torch.float32, device=q.device)
+        enough = workspace.numel() >= needed and workspace.dtype == torch.float32
+        got = f"{workspace.numel()} elements of {workspace.dtype}"
+        expect(enough, "workspace", got, f"at least {needed} of torch.float32")
+        partial_out, partial_lse = workspace, workspace[launch.num_splits * num_rows * d_v :]
+
+    scale = d**-0.5 if softmax_scale is None else softmax_scale
+    log2_e = math.log2(math.e)
+    left, right = window_size[0], 0 if causal else window_size[1]
+    num_programs = launch.num_row_blocks * launch.num_splits
+    with torch.cuda.device_of(q):  # the model may lie on several devices
+        _split_kernel[(num_programs, num_kv_heads, num_seqs)](
+            q_ptr=q,
+            k_ptr=k,
+            v_ptr=v,
+            cu_seqlens_q_ptr=cu_seqlens_q,
+            cu_seqlens_k_ptr=cu_seqlens_k,
+            seqused_k_ptr=seqused_k,
+            block_table_ptr=block_table,
+            out_ptr=out if is_direct else partial_out,
+            lse_ptr=lse if is_direct else partial_lse,
+            scale_log2=scale * log2_e * (2.0 / softcap if softcap > 0 else 1.0),
+            softcap_log2=softcap * log2_e,
+            window_left=left,
+            window_right=right,
+            max_blocks=block_table.shape[1] if paged else 0,
+            num_rows=num_rows,
+            num_splits=launch.num_splits,
+            split_size=launch.split_size,
+            stride_q_row=q.stride(0),
+            stride_q_head=q.stride(1),
+            stride_k_page=k.stride(0) if paged else 0,
+            stride_k_row=k.stride(-3),
+            stride_k_head=k.stride(-2),
+            stride_v_page=v.stride(0) if paged else 0,
+            stride_v_row=v.stride(-3),
+            stride_v_head=v.stride(-2),
+            stride_out_row=out.stride(0),
+            stride_out_head=out.stride(1),
+            PAGE_SIZE=k.shape[1] if paged else 1,
+            HEAD_SIZE=d,
+            HEAD_SIZE_V=d_v,
+            D=padded(d),
+            D_V=padded(d_v),
+            GROUP=num_heads // num_kv_heads,
+            BOUND_LEFT=left >= 0,
+            BOUND_RIGHT=right >= 0,
+            SOFTCAP=softcap > 0,
+            DIRECT=is_direct,
+            BLOCK_M=launch.BLOCK_M,
+            BLOCK_N=launch.BLOCK_N,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
+    if not is_direct:
+        with torch.cuda.device_of(q):  # the model may lie on several devices
+            _combine_kernel[(num_heads, max_seqlen_q, num_seqs)](
+                partial_out_ptr=partial_out,
+                partial_lse_ptr=partial_lse,
+                cu_seqlens_q_ptr=cu_seqlens_q,
+                cu_seqlens_k_ptr=cu_seqlens_k,
+                seqused_k_ptr=seqused_k,
+                out_ptr=out,
+                lse_ptr=lse,
+                num_rows=num_rows,
+                split_size=launch.split_size,
+                stride_out_row=out.stride(0),
+                stride_out_head=out.stride(1),
+                HEAD_SIZE_V=d_v,
+                D_V=padded(d_v),
+                BLOCK_S=16,
+                num_warps=4,
+            )
+    return (out, lse) if lse is not None else out
+
+
+def workspace_size(total_q: int, num_heads: int, d_v: int, num_splits: int) -> int:
+    """fp32 elements that varlen_decode wants: a partial row and its log-sum-exp for each split."""
+    return num_splits * total_q * num_heads * (d_v + 1)
+
+
+def _validate(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, seqused_k, block_table, out):
+    expect_same_device(
+        q=q,
+        k=k,
+        v=v,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        seqused_k=seqused_k,
+        block_table=block_table,
+        out=out,
+    )
+    expect(q.dim() == 3, "q", f"shape {tuple(q.shape)}", "[total_q, num_heads, d]")
+    expect_float("q", q)
+    total_q, num_heads, d = q.shape
+    for name, x in (("k", k), ("v", v)):
+        expect_paged_or_packed(name, x, block_table is not None)
+        expect_float(name, x)
+        expect(x.dtype == q.dtype, name, f"dtype {x.dtype}", f"{q.dtype}, as q")
+        if x.shape[-1] > 256:
+            raise NotImplementedError(f"{name}: got head size {x.shape[-1]}, expected at most 256")
+    expect(k.shape[-1] == d, "k", f"head size {k.shape[-1]}", f"{d}, as q")
+    same = k.shape[:-1] == v.shape[:-1]
+    expect(same, "v", f"shape {tuple(v.shape)}", f"({tuple(k.shape[:-1])}, d_v), as k")
+    multiple = k.shape[-2] > 0 and num_heads % k.shape[-2] == 0
+    expect(multiple, "k", f"{k.shape[-2]} heads", f"a divisor of q's {num_heads} heads")
+    if max_seqlen_q > MAX_SEQLEN_Q:
+        raise NotImplementedError(
+            f"max_seqlen_q: got {max_seqlen_q}, expected at most {MAX_SEQLEN_Q}"
+        )
+    num_seqs = cu_seqlens_q.shape[0] - 1
+    expect_int32("cu_seqlens_q", cu_seqlens_q, (num_seqs + 1,))
+    expect_int32("cu_seqlens_k", cu_seqlens_k, (num_seqs + 1,))
+    if seqused_k is not None:
+        expect_int32("seqused_k", seqused_k, (num_seqs,))
+    if block_table is not None:
+        expect_int32("block_table", block_table, (num_seqs, block_table.shape[-1]))
+    if out is not None:
+        shape = (total_q, num_heads, v.shape[-1])
+        expect(tuple(out.shape) == shape, "out", f"shape {tuple(out.shape)}", f"{shape}")
+        expect(out.dtype == q.dtype, "out", f"dtype {out.dtype}", f"{q.dtype}, as q")
+        expect(out.stride(-1) == 1, "out", f"strides {out.stride()}", "1 in the last dimension")
