@@ -1,0 +1,90 @@
+"""The questions: fixed forms, and a user's own file with its mistakes."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from vlcache_triton.evaluation import SUITES, encode_form, form_item, read_items
+
+SUITE = {suite.name: suite for suite in SUITES}
+
+
+def write(folder, *lines):
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    (folder / "questions.jsonl").write_text(text)
+    return folder
+
+
+GOOD = {"image": "a.png", "question": "What?", "answers": ["this", "that"]}
+
+
+@pytest.mark.parametrize("suite", SUITES, ids=[s.name for s in SUITES])
+def test_a_form_item_is_always_the_same(suite):
+    first, second = form_item(suite, 3), form_item(suite, 3)
+    assert (first.turns, first.replies, first.answers) == (
+        second.turns,
+        second.replies,
+        second.answers,
+    )
+    pairs = zip(first.images, second.images, strict=True)
+    assert all(a.tobytes() == b.tobytes() for a, b in pairs)
+    assert len(first.images) == suite.num_pages
+    assert len(first.turns) == len(first.replies) + 1 == len(suite.tasks)
+    assert len(first.answers[0]) < suite.max_new_tokens  # its end token fits, too
+
+
+def test_items_and_splits_differ():
+    suite = SUITE["value"]
+    seen = {form_item(suite, i, split).images[0].tobytes() for i in (0, 1) for split in ("a", "b")}
+    assert len(seen) == 4
+
+
+def test_later_turns_are_the_continuation(form_reader):
+    model, processor = form_reader
+    item = form_item(SUITE["value, 3 turns"], 0)
+    query = encode_form(processor, item, model.device)
+    text = processor.decode(query.continuation)
+    expected = "".join(
+        f"{reply}</s>USER: {turn} ASSISTANT: "
+        for reply, turn in zip(item.replies, item.turns[1:], strict=True)
+    )
+    assert text == expected
+    prompt = processor.decode(query.inputs["input_ids"][0, -20:])
+    assert prompt.endswith(f"{item.turns[0][-5:]} ASSISTANT: ")
+    single = encode_form(processor, form_item(SUITE["value"], 0), model.device)
+    assert len(single.continuation) == 0
+
+
+def test_own_items_are_read(tmp_path):
+    several = GOOD | {"image": ["a.png", "a.png"]}
+    items = list(read_items(write(tmp_path, GOOD, "", several), 7))
+    assert [item.index for item in items] == [0, 2]
+    assert [len(item.images) for item in items] == [1, 2]
+    assert items[0].turns == ("What?",) and items[0].answers == ("this", "that")
+    assert items[0].max_new_tokens == 7 and items[0].suite == "questions"
+    by_name = list(read_items(tmp_path / "questions.jsonl", 7))
+    assert [item.turns for item in by_name] == [item.turns for item in items]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: got no JSON"),
+        ("[1]", "line 2: got list, expected an object"),
+        (GOOD | {"image": 3}, "line 2: image: got 3"),
+        (GOOD | {"image": []}, r"line 2: image: got \[\]"),
+        (GOOD | {"question": ""}, "line 2: question: got ''"),
+        (GOOD | {"answers": "this"}, "line 2: answers: got 'this'"),
+        (GOOD | {"answers": []}, r"line 2: answers: got \[\]"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    with pytest.raises(ValueError, match=message):
+        list(read_items(write(tmp_path, GOOD, line), 7))
+
+
+def test_a_missing_image_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"b\.png"):
+        list(read_items(write(tmp_path, GOOD | {"image": "b.png"}), 7))
