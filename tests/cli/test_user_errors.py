@@ -60,8 +60,9 @@ def test_a_lossless_budget_measures_nothing(vlcache, page):
     fails(vlcache("inspect", "--image", page, "--prompt", "?", "--budget", "1"), "budget")
 
 
-def test_images_that_the_prompt_does_not_match(vlcache, page):
-    fails(vlcache("generate", "--image", page, "--prompt", "<image> and <image>?"), "<image>")
+def test_image_tokens_in_the_prompt(vlcache, page):
+    outcome = vlcache("generate", "--image", page, "--prompt", "<image> and <image>?")
+    fails(outcome, "prompt", "got 2 <image>")
 
 
 def test_an_unknown_model(vlcache, page, tmp_path, monkeypatch):

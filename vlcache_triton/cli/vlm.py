@@ -83,9 +83,20 @@ class VisionLanguageModel:
         self.model = model.eval().to(self.device)
 
     def encode(self, images: Sequence[Image.Image], prompt: str) -> Any:
-        """A user's turn, images first, as the inputs of `generate`, on the model's device."""
+        """A user's turn, images first, as the inputs of `generate`, on the model's device.
+
+        Where the processor has no chat template, the prompt is taken as it is; it may then say
+        itself where the images go, with the processor's image token.
+        """
+        has_template = bool(getattr(self.processor, "chat_template", None))
+        image_token = getattr(self.processor, "image_token", None) or ""
+        marks = prompt.count(image_token) if image_token else 0
+        if marks not in ((0,) if has_template else (0, len(images))):
+            raise UserError(
+                f"prompt: got {marks} {image_token} in it, expected none: images go first"
+            )
         with _refusals():
-            if getattr(self.processor, "chat_template", None):
+            if has_template:
                 inputs = self.processor.apply_chat_template(
                     chat(images, [prompt]),
                     add_generation_prompt=True,
@@ -94,11 +105,8 @@ class VisionLanguageModel:
                     return_tensors="pt",
                 )
             else:
-                token = getattr(self.processor, "image_token", "")
-                marks = "" if token and token in prompt else token * len(images)
-                inputs = self.processor(
-                    images=list(images), text=marks + prompt, return_tensors="pt"
-                )
+                text = prompt if marks else image_token * len(images) + prompt
+                inputs = self.processor(images=list(images), text=text, return_tensors="pt")
         return inputs.to(self.device, dtype=self.model.dtype)
 
     def answer(
