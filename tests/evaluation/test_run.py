@@ -21,7 +21,7 @@ from vlcache_triton.evaluation.run import _batches, end_tokens
 from vlcache_triton.integrations.transformers import vl_cache
 
 SUITE = {suite.name: suite for suite in SUITES}
-BUDGETS = (0.1, 0.3)
+BUDGETS = (0.3,)
 
 
 @pytest.fixture(scope="module")
