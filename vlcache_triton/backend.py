@@ -43,13 +43,9 @@ def get_backend(name: BackendName, device: torch.device) -> Backend:
             f"backend: got 'triton' for a model on {device}, expected a CUDA device"
             " (or TRITON_INTERPRET=1, set before Triton is imported)"
         )
-    from .kernels import compact, decode, score, select
+    from .kernels.compact import compact_kv
+    from .kernels.decode import append_kv, varlen_decode
+    from .kernels.score import post_vision_stats
+    from .kernels.select import select_tokens
 
-    return Backend(
-        "triton",
-        score.post_vision_stats,
-        select.select_tokens,
-        compact.compact_kv,
-        decode.varlen_decode,
-        decode.append_kv,
-    )
+    return Backend("triton", post_vision_stats, select_tokens, compact_kv, varlen_decode, append_kv)

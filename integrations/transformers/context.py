@@ -129,6 +129,11 @@ def vl_cache(
     config = config or VLCacheConfig(**choices)
     check_model(model)
     get_backend(backend, model.device)
+    if backend == "triton" and model.device.type != "cuda" and model.dtype == torch.bfloat16:
+        raise NotImplementedError(
+            "model: got bfloat16 in Triton's interpreter, which multiplies its bit patterns"
+            " (triton#11584), expected float16 or float32"
+        )
     text_config = model.config.get_text_config(decoder=True)
     if text_config._attn_implementation == NAME:
         raise ValueError("model: got one inside a vl_cache block already, expected another")
