@@ -102,6 +102,9 @@ def top_tokens(attention: Tensor, budget: int, num_kv_heads: int, config: VLCach
     score = score.view(num_kv_heads, num_heads // num_kv_heads, length).mean(1)
     if config.granularity == "layer":
         score = score.mean(0, keepdim=True).expand(num_kv_heads, -1)
+    half = config.smoothing // 2
+    near = [slice(max(0, j - half), j + half + 1) for j in range(length)]
+    score = torch.stack([score[:, neighbours].mean(1) for neighbours in near], 1)
     recent = min(budget, max(1, math.floor(config.recent_fraction * budget + 0.5)))
     kept = torch.zeros(num_kv_heads, length, dtype=torch.bool)
     kept[:, length - recent :] = True

@@ -109,8 +109,9 @@ def test_a_cache_made_by_name_serves_generate(family):
     inputs = family.inputs(LONG, SHORT)
     with vl_cache(family.model, CONFIG) as session:
         expected = family.model.generate(**inputs, **GREEDY)
-        cache = session.new_cache(max_new_tokens=16)
+        cache = VLCache(family.model.config, CONFIG, max_new_tokens=16)
         out = family.model.generate(**inputs, **GREEDY, past_key_values=cache)
+        assert session.cache is cache and session.report() == cache.report()
     assert out.past_key_values is cache and cache.is_compressed
     assert_same_run(out, expected, 0.0)
 
