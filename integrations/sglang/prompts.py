@@ -1,0 +1,149 @@
+"""The prompts that are being compressed, or were: host facts, by request."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlcache_triton.budgets import layer_budgets
+from vlcache_triton.config import VLCacheConfig
+from vlcache_triton.policies import VL_CACHE
+from vlcache_triton.prompt import count_query_rows
+
+
+@dataclass
+class TrackedPrompt:
+    """One request whose prompt is compressed at the end of its prefill.
+
+    rid: of the request. req_pool_idx: its row of req_to_token.
+    length: m, tokens of the prompt; output that a retracted request prefills again lies behind.
+    first_row: where the query rows begin; they end with the prompt.
+    num_slots: slots that the compressed prompt takes, ceil(Σ k_l / L).
+    protected: the first tokens, whose slots belong to the radix tree.
+    scores, retained, visible: sums of the statistics over the chunks seen, see measure.py.
+    is_packed: its kept tokens lie in the first `num_slots` of its own slots.
+    private: those slots, once the others went back to the scheduler.
+    """
+
+    rid: str
+    req_pool_idx: int
+    length: int
+    first_row: int
+    num_slots: int
+    protected: int = 0
+    scores: Tensor | None = None
+    retained: Tensor | None = None
+    visible: Tensor | None = None
+    is_packed: bool = False
+    private: Tensor | None = None
+
+    @property
+    def query_rows(self) -> int:
+        """τ."""
+        return self.length - self.first_row
+
+
+class PromptTable:
+    """Which requests are compressed, from their first chunk until their slots are released.
+
+    Args:
+        num_layers: of the model.
+        pack: whether slots are freed; see Settings.
+    """
+
+    def __init__(self, config: VLCacheConfig, num_layers: int, pack: bool) -> None:
+        self.config, self.num_layers, self.pack = config, num_layers, pack
+        self.has_freed = False  # slots, since admission was last looked at
+        self._by_rid: dict[str, TrackedPrompt] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_rid)
+
+    def get(self, rid: str) -> TrackedPrompt | None:
+        """None for a request that is left whole."""
+        return self._by_rid.get(rid)
+
+    def first_query_row(self, req: Any) -> int | None:
+        """Where the query rows of a request's prompt begin; None where it is left whole."""
+        if self.config.is_lossless or req.session is not None or req.beam_group is not None:
+            return None  # sessions and beams share a row of slots among requests
+        length, boundary = len(req.origin_input_ids), image_end(req)
+        if boundary > 0:
+            rows = max(length - boundary, 1)
+        else:
+            rows = min(self.config.text_window or 0, length)
+        rows = count_query_rows(rows, length, self.config, VL_CACHE)
+        return length - rows if rows else None
+
+    def see(self, req: Any) -> None:
+        """Note a request that is about to be prefilled, or a chunk of it."""
+        first_row = self.first_query_row(req)
+        if first_row is None:
+            return
+        length, protected = len(req.origin_input_ids), req.kv.cache_protected_len
+        num_slots = slots_needed(length, self.num_layers, self.config)
+        if self.pack:
+            # What is evicted cannot be matched later, so the tree must not have it.
+            req.skip_radix_cache_insert = True
+            if num_slots >= length - protected:
+                return  # nothing would be freed
+        prompt = self._by_rid.get(req.rid)
+        if prompt is None or prompt.req_pool_idx != req.kv.req_pool_idx:
+            prompt = TrackedPrompt(req.rid, req.kv.req_pool_idx, length, first_row, num_slots)
+            self._by_rid[req.rid] = prompt
+        if not prompt.is_packed:
+            prompt.protected = protected
+
+    def free_evicted(self, req: Any, req_to_token: Tensor, allocator: Any) -> None:
+        """Give the slots behind the kept ones back to the scheduler, once its prefill is over."""
+        prompt = self._by_rid.get(req.rid)
+        if prompt is None or not prompt.is_packed or prompt.private is not None:
+            return
+        row = req_to_token[prompt.req_pool_idx]
+        end = prompt.protected + prompt.num_slots
+        prompt.private = row[prompt.protected : end].to(torch.int64, copy=True)
+        allocator.free(row[end : prompt.length].to(torch.int64))
+        row[end : prompt.length] = 0  # slot 0 is SGLang's padding slot
+        # From here on SGLang frees what lies behind the prompt; the private slots are ours to free.
+        req.kv.cache_protected_len = prompt.length
+        self.has_freed = True
+
+    def private_tokens(self, kv: Any) -> int:
+        """Slots held by the request of that KV record that SGLang's own count leaves out."""
+        for prompt in self._by_rid.values():
+            if prompt.req_pool_idx == kv.req_pool_idx and prompt.private is not None:
+                return prompt.num_slots
+        return 0
+
+    def release(self, req: Any, allocator: Any) -> None:
+        """Forget a request that finished, was aborted or retracted, and free its private slots."""
+        prompt = self._by_rid.pop(req.rid, None)
+        if prompt is not None and prompt.private is not None:
+            allocator.free(prompt.private)
+
+    def clear(self) -> None:
+        """Forget all requests; the scheduler has reset its pools."""
+        self._by_rid.clear()
+
+
+def image_end(req: Any) -> int:
+    """1 + the position of the last visual token of a prompt; 0 where there is none."""
+    inputs = req.multimodal_inputs
+    if inputs is None:
+        return 0
+    # Offsets are (first, last), both within the image. models/llava.py keeps (first, length).
+    ends = [last + 1 for item in inputs.mm_items for _, last in item.offsets or []]
+    starts = getattr(inputs, "image_offsets", None) or []
+    lengths = getattr(inputs, "image_pad_len", None) or []
+    ends += [start + length for start, length in zip(starts, lengths, strict=False)]
+    return max(ends, default=0)
+
+
+def slots_needed(length: int, num_layers: int, config: VLCacheConfig) -> int:
+    """ceil(Σ k_l / L): the sum of the layers' budgets does not depend on how they share it."""
+    budgets = layer_budgets(torch.ones(num_layers, 1), torch.tensor([length]), config)
+    return math.ceil(int(budgets.sum()) / num_layers)

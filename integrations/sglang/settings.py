@@ -1,0 +1,120 @@
+"""What the environment chooses: SGLang passes plugins no arguments of their own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, get_args
+
+from vlcache_triton.backend import BackendName
+from vlcache_triton.config import VLCacheConfig
+
+PREFIX = "VLCACHE_"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The choices of a server.
+
+    config: of the compression, from VLCACHE_CONFIG (one JSON object with fields of VLCacheConfig)
+        and VLCACHE_BUDGET, VLCACHE_THRESHOLD, ... (one field each; these win).
+    pack: VLCACHE_PACK. 1: evicted tokens are moved together and their slots go back to the
+        scheduler. 0: nothing is moved or freed; decoding reads the kept tokens where they lie.
+    kernels: VLCACHE_KERNELS, as get_backend takes it.
+    """
+
+    config: VLCacheConfig = VLCacheConfig()  # noqa: RUF009 (frozen)
+    pack: bool = True
+    kernels: BackendName = "auto"
+
+    def describe(self) -> str:
+        """One line for the server's log."""
+        config = self.config
+        if config.is_lossless:
+            return "vlcache: on, budget 1.0: every prompt keeps its whole KV cache."
+        share = (
+            f"{config.budget} tokens a layer"
+            if isinstance(config.budget, int)
+            else (f"{config.budget:.0%} of the prompt's KV cache")
+        )
+        whose = "prompts with an image keep" if config.text_window is None else "prompts keep"
+        what = (
+            "evicted slots return to the scheduler, and such prompts are not put in the radix cache"
+            if self.pack
+            else "sparse decoding only, no memory is freed (VLCACHE_PACK=0)"
+        )
+        changed = [
+            f"{field.name}={getattr(config, field.name)!r}"
+            for field in fields(config)
+            if field.name != "budget" and getattr(config, field.name) != field.default
+        ]
+        others = f" ({', '.join(changed)})" if changed else ""
+        return f"vlcache: on, {whose} {share}{others}; {what}; kernels: {self.kernels}."
+
+
+def read_settings(environ: Mapping[str, str]) -> Settings:
+    """Settings from the environment.
+
+    Raises:
+        ValueError: for a variable that begins with VLCACHE_ and is none of ours, and for a value
+            that does not fit, by the variable's name.
+    """
+    names = {PREFIX + field.name.upper(): field.name for field in fields(VLCacheConfig)}
+    known = {*names, PREFIX + "CONFIG", PREFIX + "PACK", PREFIX + "KERNELS"}
+    unknown = sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
+    if unknown:
+        raise ValueError(f"{unknown[0]}: got a variable of that name, expected {sorted(known)}")
+    settings = Settings()
+    if (text := environ.get(PREFIX + "CONFIG")) is not None:
+        settings = replace(settings, config=_config(PREFIX + "CONFIG", _json_fields(text)))
+    for name, field in names.items():
+        if (text := environ.get(name)) is not None:
+            chosen = {field: _scalar(name, text)}
+            settings = replace(settings, config=_config(name, chosen, settings.config))
+    if (text := environ.get(PREFIX + "PACK")) is not None:
+        if text not in ("0", "1"):
+            raise ValueError(f"{PREFIX}PACK: got {text!r}, expected 0 or 1")
+        settings = replace(settings, pack=text == "1")
+    if (text := environ.get(PREFIX + "KERNELS")) is not None:
+        if text not in get_args(BackendName):
+            raise ValueError(
+                f"{PREFIX}KERNELS: got {text!r}, expected one of {get_args(BackendName)}"
+            )
+        settings = replace(settings, kernels=text)
+    return settings
+
+
+def _json_fields(text: str) -> dict[str, Any]:
+    try:
+        chosen = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{PREFIX}CONFIG: got {text!r}, expected a JSON object") from error
+    known = [field.name for field in fields(VLCacheConfig)]
+    if not isinstance(chosen, dict) or not set(chosen) <= set(known):
+        raise ValueError(
+            f"{PREFIX}CONFIG: got {text!r}, expected a JSON object with any of {known}"
+        )
+    return chosen
+
+
+def _scalar(name: str, text: str) -> Any:
+    """A number, null, or else the text itself."""
+    if name == PREFIX + "BUDGET" and text == "1":
+        raise ValueError(
+            f"{name}: got '1', expected 1.0 (the whole cache), a share such as 0.1,"
+            " or a number of tokens above 1"
+        )
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text  # allocation and granularity are words; VLCacheConfig checks them
+
+
+def _config(
+    variable: str, chosen: dict[str, Any], start: VLCacheConfig | None = None
+) -> VLCacheConfig:
+    try:
+        return replace(start or VLCacheConfig(), **chosen)
+    except (ValueError, TypeError) as error:  # TypeError: a word where a number is due
+        raise ValueError(f"{variable}: {error}") from error
