@@ -28,7 +28,6 @@ SYNCS = (
     aten.is_nonzero,
     aten.masked_select,
     aten._unique2,
-    aten.lift_fresh,  # torch.tensor(...) of Python numbers: a copy from the host
 )
 
 
@@ -63,7 +62,11 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function.overloadpacket in SYNCS or self._indexes_by_mask(function, args):
+        if (
+            function.overloadpacket in SYNCS
+            or self._indexes_by_mask(function, args)
+            or self._copies_from_the_host(function, args)
+        ):
             raise RuntimeError(f"{function}: operation not permitted when stream is capturing")
         for argument, value in zip(function._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
@@ -81,6 +84,11 @@ class Recorder(TorchDispatchMode):
     def _indexes_by_mask(function, args) -> bool:
         by_index = function.overloadpacket in (aten.index, aten.index_put, aten.index_put_)
         return by_index and any(x.dtype == torch.bool for x in tensors(args[1]))
+
+    @staticmethod
+    def _copies_from_the_host(function, args) -> bool:
+        """torch.tensor of a list; `x[i] = number` lifts a number, which is a kernel's argument."""
+        return function.overloadpacket is aten.lift_fresh and args[0].dim() > 0
 
     def _save(self, value: Tensor) -> None:
         for x in tensors(value):
