@@ -9,7 +9,6 @@ import torch
 from families import PICTURE, build
 from torch import nn
 
-from vlcache_triton import VLCacheConfig
 from vlcache_triton.integrations.transformers import vl_cache
 
 PROMPT = [1, *[5 + i % 90 for i in range(500)], PICTURE, *range(7, 17)]
@@ -74,13 +73,14 @@ def test_a_compressed_cache_holds_its_share_and_no_more(wide, budget, num_seqs):
     reserve = num_seqs * NEW_TOKENS * token_bytes(wide)
     with vl_cache(wide.model, budget=budget) as session:
         prefill(session, inputs, wide.model)  # what is made once stays out of the count
-        gc.collect()
-        before = storage_bytes(all_tensors())
+    del session
+    before = storage_bytes(all_tensors())
+    with vl_cache(wide.model, budget=budget) as session:
         cache = prefill(session, inputs, wide.model)
         held = storage_bytes(tensors_of(cache))
         grown = storage_bytes(all_tensors()) - before
     assert budget * full * 0.99 <= held <= budget * full * 1.03 + reserve
-    assert grown <= budget * full * 1.03 + reserve
+    assert budget * full * 0.99 <= grown <= budget * full * 1.03 + reserve
 
 
 def test_a_full_cache_holds_all(wide):
@@ -138,10 +138,13 @@ def test_the_device_gets_its_memory_back(backend):
         for k, v in family.inputs(prompt).items()
     }
     full = inputs["input_ids"].shape[1] * 4 * 2 * 2 * 128 * 2
-    with vl_cache(model, VLCacheConfig(budget=0.1), backend=backend) as session:
+    choices = dict(budget=0.1, backend=backend, cuda_graph=False)
+    with vl_cache(model, **choices) as session:
         prefill(session, inputs, model)
-        gc.collect()
-        before = torch.cuda.memory_allocated()
+    del session
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    with vl_cache(model, **choices) as session:
         cache = prefill(session, inputs, model)
         gc.collect()
         grown = torch.cuda.memory_allocated() - before
