@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,7 +13,12 @@ from rich.table import Table
 from .console import UserError, bar, checked_config, print_json, size, waiting
 
 if TYPE_CHECKING:
+    from PIL import Image
+
+    from vlcache_triton import VLCacheConfig
     from vlcache_triton.report import CompressionReport
+
+    from .vlm import VisionLanguageModel
 
 
 def inspect(
@@ -22,6 +28,10 @@ def inspect(
         str | None, typer.Option(help="A model of the hub, or its folder. [default: form-reader]")
     ] = None,
     budget: Annotated[float, typer.Option(help="Share of the KV cache to keep, in (0, 1).")] = 0.1,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Also draw pictures of what is kept, by layer and summed, in here."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Show the sparsity that each layer's attention has on a prompt, and what it may keep.
@@ -37,15 +47,55 @@ def inspect(
 
     images = open_images(image)
     vlm = VisionLanguageModel(model)
+    inputs = vlm.encode(images, prompt)
     with waiting("reading the prompt"):
-        report = vlm.answer(vlm.encode(images, prompt), config, 1).report
+        report = vlm.answer(inputs, config, 1).report
     if report is None:
         raise UserError("image: the processor made no image tokens, so nothing was compressed")
+    pictures = [] if out is None else _draw(out, images, vlm, inputs, config, report)
     if json:
         paths = [str(path) for path in image]
-        print_json({"model": vlm.name, "images": paths, "prompt": prompt, **report.to_dict()})
+        drawn = [str(path) for path in pictures]
+        described = {"model": vlm.name, "images": paths, "prompt": prompt, "pictures": drawn}
+        print_json({**described, **report.to_dict()})
         return
     _print(report)
+    for path in pictures:
+        print(path)
+
+
+def _draw(
+    out: Path,
+    images: list[Image.Image],
+    vlm: VisionLanguageModel,
+    inputs: Any,
+    config: VLCacheConfig,
+    report: CompressionReport,
+) -> list[Path]:
+    """Pictures of the prompt; where the image's grid cannot be told, of the budgets alone."""
+    import torch
+
+    from vlcache_triton.evaluation.recording import Recording
+    from vlcache_triton.evaluation.variants import Variant
+    from vlcache_triton.integrations.transformers import vl_cache
+    from vlcache_triton.pictures import UnknownGridError, draw_report, image_grids
+
+    try:
+        grids = image_grids(vlm.model, vlm.processor, inputs)
+    except UnknownGridError as error:
+        print(f"no pictures of the image: {error}", file=sys.stderr)
+        grids = []
+    with waiting("drawing"):
+        with vl_cache(vlm.model, config), torch.no_grad():
+            recording = Recording(vlm.model.config)
+            vlm.model(**inputs, past_key_values=recording, use_cache=True)
+        variant = Variant("inspected", config)
+        plan, (_, stats) = recording.plan_for(variant), recording.measure(variant)
+        scores = torch.stack([x.scores for x in stats])
+        try:
+            return draw_report(out, images, grids, plan, scores, report.layers)
+        except OSError as error:
+            raise UserError(f"out: cannot write to {str(out)!r}: {error.strerror}") from error
 
 
 def _print(report: CompressionReport) -> None:

@@ -148,17 +148,25 @@ class Recording(VLCache):
         return CompressedCopies(self, plan, ragged)
 
     def plan_for(self, variant: Variant) -> CompressionPlan:
-        """What a variant keeps of the prompt; statistics are taken once for all variants that
-        have the same query rows."""
+        """What a variant keeps of the prompt."""
+        assert self.ragged is not None
+        prompt, stats = self.measure(variant)
+        return make_plan(stats, prompt, variant.effective, self.ragged.backend, variant.policy)
+
+    def measure(self, variant: Variant) -> tuple[Prompt, list[PostVisionStats]]:
+        """The prompt with a variant's query rows, and what they say of each layer; measured once
+        for all variants that have the same rows."""
         assert self.prompt is not None and self.ragged is not None
         config, backend = variant.effective, self.ragged.backend
         (post_vision,), (length,) = self.prompt.query_rows, self.prompt.lengths
         rows = count_query_rows(post_vision, length, config, variant.policy)
         prompt = dataclasses.replace(self.prompt, query_rows=(rows,))
         if rows not in self._stats:
-            measure = PromptCompressor(prompt, self._num_layers, config, backend)
-            self._stats[rows] = [measure.measure(x.k, x.q, x.softmax_scale) for x in self._recorded]
-        return make_plan(self._stats[rows], prompt, config, backend, variant.policy)
+            compressor = PromptCompressor(prompt, self._num_layers, config, backend)
+            self._stats[rows] = [
+                compressor.measure(x.k, x.q, x.softmax_scale) for x in self._recorded
+            ]
+        return prompt, self._stats[rows]
 
 
 class CompressedCopies(VLCache):
