@@ -64,6 +64,15 @@ def test_the_page_shows_full_cache_curves_and_ablation():
     assert "| vl_cache | 0.500 | 0.500 |" in page
     assert "| uniform layers | all-row scores | 0.500 (0.095 to 0.905) |" in page
     assert page.count("## Suite: ") == 2 and "## All suites" in page
+    small = page[page.index("## Small budgets") : page.index("## Ablation")]
+    assert "| vl_cache | 0.500 (0.095 to 0.905) | 0.500 (0.095 to 0.905) |  |" in small
+    assert "all rows" not in small and "full |" not in small
+
+
+def test_the_page_of_what_only_the_full_cache_was_asked():
+    only_full = [{**result("s", 0, True, True), "rows": [row("full", 1.0, True, 1.0)]}]
+    page = report(summarise(only_full), {})
+    assert "## The full cache" in page and "## Ablation" not in page
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])

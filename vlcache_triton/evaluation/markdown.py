@@ -14,22 +14,22 @@ ABLATION = {
     ("uniform layers", "all-row scores"): "all rows, uniform",
 }
 ABLATION_BUDGETS = (0.05, 0.1, 0.2, 0.4)
+RIVAL_BUDGETS = (0.05, 0.1, 0.2)
 
 
 def report(cells: Sequence[Cell], about: dict[str, Any]) -> str:
-    """A page: what was measured, the full cache by suite, curves as tables, the ablation.
+    """A page: what was measured, the full cache by suite, all variants at small budgets, the
+    ablation, then curves as tables.
 
     Args:
         cells: as `summarise` returns them.
         about: what to say of the run: model, date, machine, versions.
     """
     suites = names(cells, "suite")
+    first = ALL_SUITES if ALL_SUITES in suites else suites[0]
     parts = ["# Accuracy under compression", _about(about), _full(cells)]
-    for suite in [s for s in (ALL_SUITES, *suites) if s in suites][:1] + [
-        s for s in suites if s != ALL_SUITES
-    ]:
-        parts.append(_curves(cells, suite))
-    parts.append(_ablation(cells))
+    parts += [_rivals(cells, first), _ablation(cells, first), _curves(cells, first)]
+    parts += [_curves(cells, suite) for suite in suites if suite != first]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -75,9 +75,22 @@ def _curves(cells: Sequence[Cell], suite: str) -> str:
     return "\n\n".join(parts)
 
 
-def _ablation(cells: Sequence[Cell]) -> str:
+def _rivals(cells: Sequence[Cell], suite: str) -> str:
+    """Every variant but the ablation's cells, with intervals."""
+    left_out = {*ABLATION.values()} - {"vl_cache"} | {"full"}
+    rows = []
+    for variant in names(cells, "variant"):
+        found = [pick(cells, suite, variant, budget) for budget in RIVAL_BUDGETS]
+        if variant not in left_out and any(found):
+            rows.append([variant, *(_interval(cell) for cell in found)])
+    if not rows:
+        return ""
+    head = ["kept", *(f"{budget:.0%}" for budget in RIVAL_BUDGETS)]
+    return "\n\n".join(["## Small budgets", _what_is_counted(suite), _table(head, rows)])
+
+
+def _ablation(cells: Sequence[Cell], suite: str) -> str:
     """The two ideas of the paper, on and off."""
-    suite = ALL_SUITES if ALL_SUITES in names(cells, "suite") else names(cells, "suite")[0]
     rows = []
     for (layers, scores), variant in ABLATION.items():
         found = [pick(cells, suite, variant, budget) for budget in ABLATION_BUDGETS]
@@ -89,10 +102,17 @@ def _ablation(cells: Sequence[Cell]) -> str:
     return "\n\n".join(
         [
             "## Ablation",
-            f"Exact match (95 % Wilson interval) among the items of suite {suite!r} that the full"
-            " cache answers right. All-row cells take the layers' sparsity from all rows, too.",
+            _what_is_counted(suite)
+            + " All-row cells take the layers' sparsity from all rows, too.",
             _table(head, rows),
         ]
+    )
+
+
+def _what_is_counted(suite: str) -> str:
+    return (
+        f"Exact match (95 % Wilson interval) among the items of suite {suite!r} that the full cache"
+        " answers right."
     )
 
 
