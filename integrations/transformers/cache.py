@@ -56,6 +56,11 @@ class VLCacheLayer(DynamicLayer):
             owner.check_step(key_states.shape[2])
             owner.ragged.append(self.index, key_states, value_states)
             return _tagged(key_states, self), value_states
+        if owner.prompt is None:
+            raise RuntimeError(
+                "VLCache: got rows of a prompt that nobody announced, expected a forward pass"
+                " inside a vl_cache block"
+            )
         if not owner.will_pack:
             keys, values = super().update(key_states, value_states, *args, **kwargs)
             return _tagged(keys, self), values
@@ -188,6 +193,11 @@ class VLCache(Cache):
         """Whether the prompt has been compressed."""
         return self.will_compress and self.ragged is not None
 
+    @property
+    def has_windows(self) -> bool:
+        """Whether some layers have a window, and so a cache of their own kind."""
+        return self._num_layers < len(self.layers)
+
     def begin(self, prompt: Prompt) -> None:
         """Announce the prompt whose forward pass comes next; the cache must be empty."""
         if self.get_seq_length() != 0:
@@ -206,6 +216,14 @@ class VLCache(Cache):
             self.ragged.room -= self._step_rows
             self.num_seen += self._step_rows
             self._step_rows = 0
+
+    def take_back(self, num_rows: int) -> None:
+        """Forget the last rows of every sequence: of steps that had run past the answer's end."""
+        if num_rows > 0:
+            assert self.ragged is not None and not self.has_windows
+            self.ragged.seqused_k -= num_rows
+            self.ragged.room += num_rows
+            self.num_seen -= num_rows
 
     def check_step(self, num_rows: int) -> None:
         """Refuse rows that nobody announced: the attention would not see the cache either."""

@@ -20,7 +20,7 @@ from vlcache_triton.report import CompressionReport
 
 from .attention import NAME, prefilling, register
 from .cache import MAX_HEAD_ROOM, VLCache
-from .generate import lean_loop
+from .generate import check_stopping, lean_loop, static_warpers
 from .graph import DecodeGraphs, graphed_forward
 from .support import check_generate, check_lean, check_mode, check_model, layer_types
 
@@ -85,13 +85,11 @@ class Session:
             NotImplementedError: for what the lean loop does not do, before any work.
         """
         check_lean(self.model, kwargs)
-        packs_whole, self._packs_whole = self._packs_whole, True
-        try:
-            loop = lean_loop(self.graphs, self._forward, on_tokens)
-            generate: Any = self.model.generate
-            return generate(**kwargs, custom_generate=loop)
-        finally:
-            self._packs_whole = packs_whole
+        static_warpers(kwargs.get("logits_processor") or [])
+        check_stopping(kwargs.get("stopping_criteria") or [])
+        loop = lean_loop(self.graphs, self._forward, on_tokens)
+        generate: Any = self.model.generate
+        return generate(**kwargs, custom_generate=loop)
 
 
 @contextmanager
@@ -127,6 +125,8 @@ def vl_cache(
     if config is not None and choices:
         raise ValueError(f"config: got a VLCacheConfig and {sorted(choices)}, expected one of them")
     config = config or VLCacheConfig(**choices)
+    if not (isinstance(model, PreTrainedModel) and model.can_generate()):
+        raise ValueError(f"model: got {type(model).__name__}, expected one that can generate")
     check_model(model)
     get_backend(backend, model.device)
     if backend == "triton" and model.device.type != "cuda" and model.dtype == torch.bfloat16:
@@ -190,10 +190,19 @@ def _checked_generate(model: PreTrainedModel) -> Any:
         given = {"input_ids": inputs, **kwargs} if inputs is not None else kwargs
         if args:
             given = {"generation_config": args[0], **given}
+        _check_cache(given.get("past_key_values"))
         check_generate(model, given)
         return generate(inputs, *args, **kwargs)
 
     return checked
+
+
+def _check_cache(cache: Any) -> None:
+    if cache is not None and not isinstance(cache, VLCache):
+        raise ValueError(
+            f"past_key_values: got {type(cache).__name__}, expected a VLCache"
+            " (session.new_cache()) or None inside a vl_cache block"
+        )
 
 
 def _refuse_generate_batch(*args: Any, **kwargs: Any) -> None:
@@ -226,11 +235,7 @@ def _begin(session: Session) -> Any:
                 return None
             cache = session.new_cache()
             kwargs = {**kwargs, "past_key_values": cache, "use_cache": True}
-        if not isinstance(cache, VLCache):
-            raise ValueError(
-                f"past_key_values: got {type(cache).__name__}, expected a VLCache"
-                " (session.new_cache()) or None inside a vl_cache block"
-            )
+        _check_cache(cache)
         session.cache = cache
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         if cache.ragged is not None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     MinPLogitsWarper,
@@ -17,6 +18,7 @@ from transformers import (
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from .cache import VLCache
 from .graph import DecodeGraphs, Loan, run_model
 
 # Warpers that look at the scores alone, so that a captured step may call them.
@@ -31,6 +33,8 @@ class TokenStep:
         position.
     finished: `[num_seqs]` bool, sequences that have met their end.
     penalised: `[num_seqs, vocab_size]` bool, tokens seen, where a repetition penalty is set.
+    attention_mask: `[num_seqs, tokens]`, where layers with a window must not see pads. It grows,
+        so such a step cannot be captured.
     """
 
     def __init__(
@@ -39,29 +43,36 @@ class TokenStep:
         forward: Callable[..., Any],
         position_ids: Tensor,
         warpers: Sequence[Any],
+        penalty: float | None,
         config: Any,
     ) -> None:
         self.loan, self.forward, self.do_sample = loan, forward, config.do_sample
-        penalties = [x.penalty for x in warpers if type(x) is RepetitionPenaltyLogitsProcessor]
-        self.penalty = penalties[0] if penalties else None
-        self.warpers = [x for x in warpers if type(x) is not RepetitionPenaltyLogitsProcessor]
+        self.warpers, self.penalty = warpers, penalty
         num_seqs, device = position_ids.shape[-2], position_ids.device
         self.input_ids = torch.zeros(num_seqs, 1, dtype=torch.long, device=device)
         self.position_ids = position_ids.contiguous().clone()
         self.finished = torch.zeros(num_seqs, dtype=torch.bool, device=device)
         self.penalised: Tensor | None = None
+        self.attention_mask: Tensor | None = None
         eos = config.eos_token_id
         eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
         pad = config.pad_token_id if config.pad_token_id is not None else (eos or [0])[0]
         self.eos = torch.tensor(eos, dtype=torch.long, device=device)
         self.pad = torch.tensor(pad, dtype=torch.long, device=device)
 
-    def start(self, prompt_ids: Tensor, position_ids: Tensor, logits: Tensor) -> None:
-        """Take the first token from the prompt's logits; position_ids are that token's."""
+    def start(
+        self,
+        position_ids: Tensor,
+        logits: Tensor,
+        seen: Tensor | None,
+        attention_mask: Tensor | None,
+    ) -> None:
+        """Take the first token from the prompt's logits; position_ids are that token's, `seen` the
+        prompt's tokens as `penalised` has them, attention_mask the prompt's."""
         self.position_ids.copy_(position_ids)
+        self.attention_mask = attention_mask
         self.finished.zero_()
-        if self.penalty is not None:
-            seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, prompt_ids, True)
+        if seen is not None:
             if self.penalised is None:
                 self.penalised = seen
             else:
@@ -70,7 +81,11 @@ class TokenStep:
 
     def run(self) -> None:
         """Read a token, choose the next, and move on by one position."""
-        output = run_model(self.loan, self.forward, self.input_ids, self.position_ids)
+        if self.attention_mask is not None:
+            self.attention_mask = F.pad(self.attention_mask, (0, 1), value=1)
+        output = run_model(
+            self.loan, self.forward, self.input_ids, self.position_ids, self.attention_mask
+        )
         self.position_ids += 1
         self._choose(output.logits[:, -1])
 
@@ -130,16 +145,21 @@ def lean_loop(
 
     def decode(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
         config, cache = kwargs.pop("generation_config"), kwargs["past_key_values"]
-        warpers = _static_warpers(kwargs.pop("logits_processor"))
-        _check_stopping(kwargs.pop("stopping_criteria"))
+        processors = static_warpers(kwargs.pop("logits_processor"))
+        check_stopping(kwargs.pop("stopping_criteria"))
+        _take_over(cache, graphs)
+        penalties = [x for x in processors if type(x) is RepetitionPenaltyLogitsProcessor]
+        penalty = penalties[0].penalty if penalties else None
+        warpers = [x for x in processors if x not in penalties]
         position_ids = kwargs["position_ids"][..., -1:] + 1
         num_new = config.max_length - input_ids.shape[1]
         output = model._prefill(input_ids, config, kwargs)
-        prompt_ids = input_ids.to(output.logits.device)
-        position_ids = position_ids.expand(*position_ids.shape[:-2], len(prompt_ids), 1)
+        logits = output.logits[:, -1]
+        position_ids = position_ids.expand(*position_ids.shape[:-2], len(logits), 1)
+        seen = _penalised(penalties[0], input_ids, logits) if penalties else None
 
         def make(loan: Loan) -> TokenStep:
-            return TokenStep(loan, forward, position_ids, warpers, config)
+            return TokenStep(loan, forward, position_ids, warpers, penalty, config)
 
         key = (
             "token",
@@ -147,35 +167,60 @@ def lean_loop(
             config.do_sample,
             str(config.eos_token_id),
             config.pad_token_id,
+            penalty,
             str([vars(x) for x in warpers]),
         )
         step = graphs.step(cache, key, make)
         assert step is not None and isinstance(step.body, TokenStep)
-        step.body.start(prompt_ids, position_ids, output.logits[:, -1])
-        del output
+        # Windows hold pads, and cannot take back what ran too far; ragged layers are free of both.
+        attention_mask = kwargs.get("attention_mask") if cache.has_windows else None
+        lag = 0 if cache.has_windows else LAG
+        step.body.start(position_ids, logits, seen, attention_mask)
+        del output, logits
         readback, tokens = Readback(step.body), []
         readback.push()
         num_launched, is_done = 1, False
-        while len(readback) and not is_done:
-            if num_launched < num_new:
+        while (len(readback) or num_launched < num_new) and not is_done:
+            if len(readback) <= lag and num_launched < num_new:
                 cache.begin_step(1)
                 step.launch()
                 cache.end_step()
                 readback.push()
                 num_launched += 1
-                if len(readback) <= LAG and num_launched < num_new:
-                    continue
+                continue
             chosen, is_done = readback.pop()
             tokens.append(chosen)
             if on_tokens is not None:
                 on_tokens(chosen)
+        cache.take_back(num_launched - len(tokens))
         new_tokens = torch.stack(tokens, 1).to(input_ids.device)
         return torch.cat([input_ids, new_tokens], 1)
 
     return decode
 
 
-def _static_warpers(processors: Sequence[Any]) -> list[Any]:
+def _take_over(cache: VLCache, graphs: DecodeGraphs) -> None:
+    """Have the prompt packed for these graphs, even a whole one."""
+    if cache.graphs is not graphs:
+        if cache.get_seq_length() > 0:
+            raise ValueError(
+                "past_key_values: got a cache that another loop has filled, expected an empty one"
+                " or one that session.generate has filled"
+            )
+        cache.graphs = graphs
+
+
+def _penalised(
+    penalty: RepetitionPenaltyLogitsProcessor, prompt_ids: Tensor, logits: Tensor
+) -> Tensor:
+    """The tokens that the processor counts as seen, `[num_seqs, vocab_size]` bool: it knows of
+    pads and of prompts to ignore."""
+    ones = torch.ones_like(logits, dtype=torch.float32)
+    return penalty(prompt_ids.to(logits.device), ones) != 1.0
+
+
+def static_warpers(processors: Sequence[Any]) -> list[Any]:
+    """The processors, if a captured step may call them; refused by name else."""
     for processor in processors:
         if not isinstance(processor, (*STATIC_WARPERS, RepetitionPenaltyLogitsProcessor)):
             raise NotImplementedError(
@@ -185,7 +230,8 @@ def _static_warpers(processors: Sequence[Any]) -> list[Any]:
     return list(processors)
 
 
-def _check_stopping(criteria: Sequence[Any]) -> None:
+def check_stopping(criteria: Sequence[Any]) -> None:
+    """Refuse what is neither a length nor an end token, by name."""
     for criterion in criteria:
         if not isinstance(criterion, (EosTokenCriteria, MaxLengthCriteria)):
             raise NotImplementedError(

@@ -166,12 +166,17 @@ class ForwardStep:
 
 
 def run_model(
-    loan: Loan, forward: Callable[..., Any], input_ids: Tensor, position_ids: Tensor
+    loan: Loan,
+    forward: Callable[..., Any],
+    input_ids: Tensor,
+    position_ids: Tensor,
+    attention_mask: Tensor | None = None,
 ) -> Any:
     """One decode forward over the loan's cache."""
     return forward(
         input_ids=input_ids,
         position_ids=position_ids,
+        attention_mask=attention_mask,
         past_key_values=loan.borrower,
         use_cache=True,
         return_dict=True,

@@ -17,6 +17,33 @@ GENERATION_MODES = (
     GenerationMode.BEAM_SEARCH,
     GenerationMode.BEAM_SAMPLE,
 )
+# What the lean loop does not do, and what asks for nothing besides None.
+NOT_LEAN: dict[str, Any] = {
+    "streamer": None,
+    "custom_generate": None,
+    "output_scores": False,
+    "return_dict_in_generate": False,
+    "num_beams": 1,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": 1.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "watermarking_config": None,
+    "max_time": None,
+    "stop_strings": None,
+}
 # Why a family cannot be served, where its configuration alone does not say so.
 REFUSED_FAMILIES = {
     "paligemma": "its text rows attend bidirectionally over the prompt",
@@ -96,11 +123,7 @@ def check_generate(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
     """
 
     def choice(name: str) -> Any:
-        """An argument of generate, else of its generation_config, else the model's default."""
-        for source in (kwargs.get("generation_config"), model.generation_config):
-            if kwargs.get(name) is None and getattr(source, name, None) is not None:
-                return getattr(source, name)
-        return kwargs.get(name)
+        return _choice(model, kwargs, name)
 
     for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
         if choice(name) is not None:
@@ -133,15 +156,21 @@ def check_lean(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
     Raises:
         NotImplementedError: naming the argument.
     """
-    for name in ("streamer", "custom_generate", "output_scores", "return_dict_in_generate"):
-        if kwargs.get(name):
+    for name, nothing in NOT_LEAN.items():
+        value = _choice(model, kwargs, name)
+        if value is not None and value != nothing:
             raise NotImplementedError(
-                f"{name}: got {kwargs[name]!r}, expected none with session.generate"
+                f"{name}: got {value!r}, expected {nothing!r} with session.generate"
                 " (model.generate has it)"
             )
-    num_beams = kwargs.get("num_beams", model.generation_config.num_beams)
-    if num_beams not in (None, 1):
-        raise NotImplementedError(f"num_beams: got {num_beams}, expected 1 with session.generate")
+
+
+def _choice(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:
+    """An argument of generate, else of its generation_config, else the model's default."""
+    for source in (kwargs.get("generation_config"), model.generation_config):
+        if kwargs.get(name) is None and getattr(source, name, None) is not None:
+            return getattr(source, name)
+    return kwargs.get(name)
 
 
 def check_mode(mode: GenerationMode) -> None:
