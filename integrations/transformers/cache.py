@@ -287,6 +287,10 @@ class VLCache(Cache):
 
     def reset(self) -> None:
         """Empty; ready for another prompt."""
+        layers: list[Any] = self.layers
+        for layer in layers:  # Transformers 5.17 would keep tensors of zeros, and append to them
+            layer.keys = layer.values = None
+            layer.is_initialized = False
         super().reset()
         self._forget()
 
