@@ -41,9 +41,12 @@ class RecordedGraph:
 
     def __init__(self) -> None:
         self.calls: list[tuple] = []
+        self.own: dict[int, torch.UntypedStorage] = {}  # memory first used by the step
 
     def replay(self) -> None:
         RecordedGraph.num_replays += 1
+        for storage in self.own.values():
+            storage.fill_(255)
         for function, args, kwargs, made in self.calls:
             again = function(*args, **kwargs)
             for old, new in zip(tensors(made), tensors(again), strict=True):
@@ -57,7 +60,6 @@ class Recorder(TorchDispatchMode):
     def __init__(self, graph: RecordedGraph) -> None:
         super().__init__()
         self.graph = graph
-        self._own: set[int] = set()
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -76,7 +78,8 @@ class Recorder(TorchDispatchMode):
                 self._save(kwargs[argument.name])
         made = function(*args, **kwargs)
         given = {address(x) for x in tensors((args, kwargs))}
-        self._own |= {address(x) for x in tensors(made)} - given
+        new = {address(x): x.untyped_storage() for x in tensors(made)}
+        self.graph.own |= {key: new[key] for key in new.keys() - given}
         self.graph.calls.append((function, args, kwargs, made))
         return made
 
@@ -93,7 +96,7 @@ class Recorder(TorchDispatchMode):
     def _save(self, value: Tensor) -> None:
         for x in tensors(value):
             storage, key = x.untyped_storage(), address(x)
-            if key not in self._own and key not in self._before:
+            if key not in self.graph.own and key not in self._before:
                 self._before[key] = storage, storage.clone()
 
     def undo(self) -> None:

@@ -319,7 +319,7 @@ def test_a_cache_that_is_reset_serves_another_prompt(family, budget, cuda_graph)
 def test_logits_are_the_callers_own(family):
     """Later steps do not write over them."""
     inputs = family.inputs(LONG)
-    with session_of(family) as session, torch.no_grad():
+    with session_of(family) as session, recorded_graphs(session), torch.no_grad():
         cache = session.new_cache(max_new_tokens=8)
         family.model(**inputs, past_key_values=cache)
         outs, copies = [], []
