@@ -181,6 +181,7 @@ class VLCacheAttnBackend(TritonAttnBackend):
 
     def _decode_packed(self, q: Tensor, layer: Any, forward_batch: Any) -> Tensor:
         step, pool = self.step, self.token_to_kv_pool
+        assert step is not None, "a decode without init_forward_metadata"
         fill_block_table(
             layer.layer_id,
             self.req_to_token,

@@ -85,16 +85,23 @@ class Measurement:
             block_table=self.block_table,
         )
         for i, chunk in enumerate(self.chunks):
-            prompt, (num_kv_heads, _), num_heads = chunk.prompt, stats.scores.shape, q.shape[1]
-            if prompt.scores is None:
-                shape = num_layers, num_kv_heads, prompt.length
-                prompt.scores = torch.zeros(shape, dtype=torch.float32, device=q.device)
-                prompt.retained = stats.retained.new_zeros(num_layers, num_heads)
-                prompt.visible = stats.visible.new_zeros(num_layers)
-            seen = stats.scores[:, i * width : i * width + chunk.seen]
-            prompt.scores[layer, :, : chunk.seen] += seen
-            prompt.retained[layer] += stats.retained[i]
-            prompt.visible[layer] += stats.visible[i]
+            if chunk.prompt.sums is None:
+                chunk.prompt.sums = _zeros(stats, num_layers, chunk.prompt.length)
+            sums, first_key = chunk.prompt.sums, i * width
+            seen = stats.scores[:, first_key : first_key + chunk.seen]
+            sums.scores[layer, :, : chunk.seen] += seen
+            sums.retained[layer] += stats.retained[i]
+            sums.visible[layer] += stats.visible[i]
+
+
+def _zeros(stats: PostVisionStats, num_layers: int, length: int) -> PostVisionStats:
+    """Sums of all layers of one prompt, nothing added yet; dtypes and device of `stats`."""
+    num_kv_heads, num_heads = stats.scores.shape[0], stats.retained.shape[1]
+    return PostVisionStats(
+        stats.scores.new_zeros(num_layers, num_kv_heads, length),
+        stats.retained.new_zeros(num_layers, num_heads),
+        stats.visible.new_zeros(num_layers),
+    )
 
 
 def plan_measurement(
@@ -134,8 +141,9 @@ def plan_measurement(
 
 def plan_prompt(prompt: TrackedPrompt, table: PromptTable, backend: Backend) -> CompressionPlan:
     """What a prompt keeps, from its sums, which are let go of. One host sync."""
-    layers = zip(prompt.scores, prompt.retained, prompt.visible, strict=True)
-    stats = [PostVisionStats(scores, r[None], v[None]) for scores, r, v in layers]
-    prompt.scores = prompt.retained = prompt.visible = None
+    if prompt.sums is None:
+        raise RuntimeError(f"prompt {prompt.rid}: got no statistics, expected those of its chunks")
+    stats = [PostVisionStats(ψ, r[None], n[None]) for ψ, r, n in zip(*prompt.sums, strict=True)]
+    prompt.sums = None
     recipe_prompt = Prompt(prompt.length, (0,), (prompt.query_rows,))
     return make_plan(stats, recipe_prompt, table.config, backend)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,10 @@ from vlcache_triton.backend import Backend
 from vlcache_triton.plan import CompressionPlan
 
 from .block_table import PackedLayout, cells
-from .pool import OneTensorKVPool
 from .prompts import TrackedPrompt
+
+if TYPE_CHECKING:
+    from .pool import OneTensorKVPool
 
 
 def pack_prompt(
@@ -70,4 +74,5 @@ def _gather_layer(
         max_kept=kept,
         block_table=slots[None],
     )
-    return tuple(x.view(num_kv_heads, kept, d).transpose(0, 1) for x in (out_k, out_v))
+    shape = num_kv_heads, kept, d
+    return out_k.view(shape).transpose(0, 1), out_v.view(shape).transpose(0, 1)

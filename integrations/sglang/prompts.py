@@ -13,6 +13,7 @@ from vlcache_triton.budgets import layer_budgets
 from vlcache_triton.config import VLCacheConfig
 from vlcache_triton.policies import VL_CACHE
 from vlcache_triton.prompt import count_query_rows
+from vlcache_triton.reference import PostVisionStats
 
 
 @dataclass
@@ -24,7 +25,8 @@ class TrackedPrompt:
     first_row: where the query rows begin; they end with the prompt.
     num_slots: slots that the compressed prompt takes, ceil(Σ k_l / L).
     protected: the first tokens, whose slots belong to the radix tree.
-    scores, retained, visible: sums of the statistics over the chunks seen, see measure.py.
+    sums: the statistics summed over the chunks seen: scores `[num_layers, num_kv_heads, m]`,
+        retained `[num_layers, num_heads]`, visible `[num_layers]`.
     is_packed: its kept tokens lie in the first `num_slots` of its own slots.
     private: those slots, once the others went back to the scheduler.
     """
@@ -35,9 +37,7 @@ class TrackedPrompt:
     first_row: int
     num_slots: int
     protected: int = 0
-    scores: Tensor | None = None
-    retained: Tensor | None = None
-    visible: Tensor | None = None
+    sums: PostVisionStats | None = None
     is_packed: bool = False
     private: Tensor | None = None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from vlcache_triton.backend import BackendName
 from vlcache_triton.config import VLCacheConfig
@@ -81,7 +81,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
             raise ValueError(
                 f"{PREFIX}KERNELS: got {text!r}, expected one of {get_args(BackendName)}"
             )
-        settings = replace(settings, kernels=text)
+        settings = replace(settings, kernels=cast(BackendName, text))
     return settings
 
 
