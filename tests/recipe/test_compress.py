@@ -17,6 +17,7 @@ from prompts import (
 )
 
 from vlcache_triton import VLCacheConfig, layer_budgets
+from vlcache_triton.backend import get_backend
 from vlcache_triton.compress import PromptCompressor
 from vlcache_triton.ragged import RaggedCache
 from vlcache_triton.report import CompressionReport
@@ -135,6 +136,29 @@ def test_later_rows_of_q_are_all_that_is_needed(make):
     plan, _ = compress(make(prompt, 3, config, REFERENCE), cut)
     assert torch.equal(plan.indices, expected.indices)
     assert torch.equal(plan.cu_kept, expected.cu_kept)
+
+
+@either
+def test_the_kernels_give_what_the_reference_gives(make):
+    """On a GPU, or in Triton's interpreter: budgets, positions, rows, and a decode step."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    prompt = make_prompt([40, 23], [6, 3])
+    layers = make_layers(prompt, [2.0, 0.5], d=64, d_v=64)
+    layers = [
+        layer._replace(**{n: getattr(layer, n).to(device) for n in "kvq"}) for layer in layers
+    ]
+    config = VLCacheConfig(budget=0.3)
+    step = [torch.randn(2, heads, 1, 64, device=device) for heads in (2, 2, 4)]
+    outs = []
+    for name in ("triton", "reference"):
+        plan, ragged = compress(make(prompt, 2, config, get_backend(name, device)), layers)
+        ragged.append(1, *step[:2])
+        outs.append((plan, ragged.attend(1, step[2], 0.125), segment(ragged, 1, 1, 0)))
+    (plan, out, rows), (expected_plan, expected_out, expected_rows) = outs
+    assert torch.equal(plan.head_keep, expected_plan.head_keep)
+    assert torch.equal(plan.indices, expected_plan.indices)
+    assert all(map(torch.equal, rows, expected_rows))
+    torch.testing.assert_close(out, expected_out, atol=2e-5, rtol=0)
 
 
 def test_a_report_is_plain_numbers():
