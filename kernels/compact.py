@@ -174,10 +174,13 @@ def _rows_of(
     PAGE_SIZE: tl.constexpr,
 ):
     """Offsets of logical positions of one sequence."""
+    # Not by an early return: Triton compiles what follows it all the same.
     if block_table_ptr is None:
-        return (tl.load(start_ptr) + positions).to(tl.int64) * stride_row
-    page = tl.load(block_table_ptr + positions // PAGE_SIZE, mask=mask, other=0).to(tl.int64)
-    return page * stride_page + (positions % PAGE_SIZE).to(tl.int64) * stride_row
+        rows = (tl.load(start_ptr) + positions).to(tl.int64) * stride_row
+    else:
+        page = tl.load(block_table_ptr + positions // PAGE_SIZE, mask=mask, other=0).to(tl.int64)
+        rows = page * stride_page + (positions % PAGE_SIZE).to(tl.int64) * stride_row
+    return rows
 
 
 @triton.jit(do_not_specialize=["num_kv_heads", "max_blocks", "out_max_blocks"])
