@@ -1,0 +1,307 @@
+"""Compiles every Triton kernel of kernels/ for GPUs that need not be there, and looks inside.
+
+The launches are those of the public host functions: they run on meta tensors with an H100's number
+of multiprocessors, and what they would have launched is compiled instead. So nothing here repeats
+a signature or a launch heuristic. Run without TRITON_INTERPRET, in a process of its own:
+
+    python tests/aot/compile_kernels.py benchmarks/results          # the table, every target
+    python tests/aot/compile_kernels.py FOLDER --quick              # what CI compiles
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from vlcache_triton.kernels import append, compact, decode, score, select
+
+TARGETS = (80, 90, 100)
+H100_MULTIPROCESSORS = 132
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+NUM_HEADS, NUM_KV_HEADS, PAGE_SIZE = 32, 8, 16
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+OPTIONS = {"num_warps", "num_stages"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to call the host functions."""
+
+    dtype: str
+    head_size: int
+    paged: bool
+
+    def __str__(self) -> str:
+        return f"{self.dtype} d={self.head_size}" + (" paged" if self.paged else "")
+
+
+@dataclass
+class Launch:
+    """A kernel with the arguments that a host function launches it with."""
+
+    case: str
+    name: str
+    kernel: JITFunction
+    arguments: dict[str, Any]
+
+
+@dataclass
+class Compiled:
+    """What became of a launch: resources of a thread (registers, bytes of stack and of local
+    memory) and of a block (bytes of shared memory), and machine instructions of interest."""
+
+    kernel: str
+    case: str
+    configuration: str
+    target: int
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    wide_loads: int  # of 16 bytes from global memory
+    matrix: list[str]
+
+
+CASES = [
+    Case(dtype, head_size, paged)
+    for dtype in ("bfloat16", "float32")
+    for head_size in (128, 64)
+    for paged in (False, True)
+]
+
+
+def is_quick(case: Case, target: int) -> bool:
+    """CI compiles all cases for Hopper, those of one head size for the others."""
+    return target == 90 or (case.head_size == 128 and not (case.paged and case.dtype == "float32"))
+
+
+@contextmanager
+def recorded_launches(case: str, launches: list[Launch]) -> Iterator[None]:
+    """Note what host functions launch, on meta tensors taken for an H100's."""
+
+    def run(self: JITFunction, *args: Any, **kwargs: Any) -> None:
+        assert not args, "launches are by keyword"
+        arguments = {k: v for k, v in kwargs.items() if k not in ("grid", "warmup")}
+        name = self.fn.__module__.rsplit(".", 1)[-1].removesuffix("_kernels")
+        launches.append(Launch(case, name + self.fn.__name__, self, arguments))
+
+    def multiprocessors(device: torch.device) -> int:
+        return H100_MULTIPROCESSORS
+
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(score, "num_multiprocessors", multiprocessors),
+        mock.patch.object(decode, "num_multiprocessors", multiprocessors),
+        mock.patch.dict(os.environ, TRITON_INTERPRET="1"),  # lets tensors off the GPU pass
+    ):
+        yield
+
+
+def call_host_functions(case: Case) -> None:
+    """Each kernel once a compiled variant: 16 sequences of 8K tokens, groups of 4 heads."""
+    num_seqs, length, group = 16, 8192, NUM_HEADS // NUM_KV_HEADS
+    dtype, d = getattr(torch, case.dtype), case.head_size
+    num_segments = num_seqs * NUM_KV_HEADS
+
+    def floats(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    def ints(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.int32, device="meta")
+
+    def cache_of(sequences: int, heads: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        if not case.paged:
+            shape = (sequences * length, heads, d)
+            return floats(*shape), floats(*shape), {}
+        shape = (sequences * length // PAGE_SIZE, PAGE_SIZE, heads, d)
+        table = ints(sequences, length // PAGE_SIZE)
+        return floats(*shape), floats(*shape), {"block_table": table}
+
+    k, v, pages = cache_of(num_seqs, NUM_KV_HEADS)
+    starts = ints(num_seqs + 1)
+    used = {"seqused_k": ints(num_seqs)} if case.paged else {}
+    for rows in (50, 1):  # blocks of 128 and of 64 query rows
+        q = floats(num_seqs * rows, NUM_HEADS, d)
+        score.post_vision_stats(q, k, starts, starts, rows, length, **used, **pages)
+
+    kept = (ints(num_segments * 800), ints(num_segments + 1))
+    pool_k, pool_v, pool_pages = cache_of(num_segments, 1)
+    out_pages = {"out_block_table": pool_pages["block_table"]} if case.paged else {}
+    compact.compact_kv(
+        k,
+        v,
+        starts,
+        *kept,
+        pool_k,
+        pool_v,
+        ints(num_segments + 1),
+        max_kept=800,
+        **pages,
+        **out_pages,
+    )
+    compact.compact_kv_(k, v, starts, *kept, max_kept=800, **pages)
+
+    starts, used = ints(num_segments + 1), ints(num_segments)
+    row = floats(num_segments, 1, 1, d)
+    append.append_kv(row, row, pool_k, pool_v, starts, used, **pool_pages)
+    q = floats(num_segments, group, d)
+    for longest in (length, 1):  # split, and direct
+        decode.varlen_decode(
+            q, pool_k, pool_v, starts, starts, 1, longest, seqused_k=used, **pool_pages
+        )
+    if not case.paged:  # neither knows of dtypes or pages
+        scores = torch.empty(32, NUM_KV_HEADS, num_seqs * length, device="meta")
+        keep = ints(32, num_seqs)
+        for longest in (length, 1024):
+            select.select_tokens(scores, ints(num_seqs + 1), keep, keep, max_seqlen=longest)
+
+
+def specialise(launch: Launch) -> tuple[ASTSource, dict[str, int]]:
+    """The source and options that Triton's own just-in-time compiler would come to."""
+    signature, constants, attributes = {}, {}, {}
+    for parameter in launch.kernel.params:
+        place, value = (parameter.num,), launch.arguments[parameter.name]
+        is_one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or is_one:
+            signature[parameter.name], constants[place] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = "*" + TYPES[value.dtype]
+            attributes[place] = [["tt.divisibility", 16]]  # as torch allocates
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[place] = [["tt.divisibility", 16]]
+    source = ASTSource(
+        fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes
+    )
+    return source, {k: v for k, v in launch.arguments.items() if k in OPTIONS}
+
+
+@cache
+def all_launches() -> list[Launch]:
+    """Every launch of every case, each compiled variant once."""
+    launches: list[Launch] = []
+    for case in CASES:
+        with recorded_launches(str(case), launches):
+            call_host_functions(case)
+    variants: dict[str, Launch] = {}
+    for launch in launches:
+        source, options = specialise(launch)
+        variants.setdefault(f"{source.hash()} {sorted(options.items())}", launch)
+    return list(variants.values())
+
+
+def compile_launch(index: int, target: int) -> Compiled:
+    """Compile one launch of all_launches() for compute capability `target`."""
+    launch = all_launches()[index]
+    source, options = specialise(launch)
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    usage, sass = inspect_cubin(compiled.asm["cubin"])
+    blocks = {
+        k: v
+        for k, v in launch.arguments.items()
+        if k in OPTIONS or k.startswith("BLOCK") or k in ("SMALL_M", "ROWS", "DIRECT")
+    }
+    return Compiled(
+        kernel=launch.name,
+        case=launch.case,
+        configuration=" ".join(f"{k}={v}" for k, v in blocks.items()),
+        target=target,
+        registers=usage["REG"],
+        stack=usage["STACK"],
+        local=usage["LOCAL"],
+        shared=compiled.metadata.shared,
+        wide_loads=len(re.findall(r"\b(?:LDG\.E\.128|LDGSTS\.E\.(?:\w+\.)*128)\b", sass)),
+        matrix=sorted(set(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", sass))),
+    )
+
+
+def inspect_cubin(cubin: bytes) -> tuple[dict[str, int], str]:
+    """Resource usage as the loader would see it, and the machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def run(*command: str) -> str:
+            tool, *options = command
+            done = subprocess.run(
+                [TOOLS / tool, *options, file.name], capture_output=True, text=True, check=True
+            )
+            return done.stdout
+
+        usage = re.findall(r"(\w+):(\d+)", run("cuobjdump", "--dump-resource-usage"))
+        return {name: int(value) for name, value in usage}, run("nvdisasm", "-c")
+
+
+def compile_all(
+    wanted: Callable[[Case, int], bool] = lambda case, target: True, processes: int = 2
+) -> list[Compiled]:
+    """Compile what is wanted, in processes that share Triton's cache on the disk."""
+    cases = {str(case): case for case in CASES}
+    jobs = [
+        (index, target)
+        for index, launch in enumerate(all_launches())
+        for target in TARGETS
+        if wanted(cases[launch.case], target)
+    ]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(compile_launch, *zip(*jobs, strict=True)))
+
+
+def markdown(results: list[Compiled]) -> str:
+    """The table, one row a kernel, case and target."""
+    lines = [
+        f"Compiled ahead of time by Triton {triton.__version__}; nothing here was run.",
+        "",
+        "| kernel | case | configuration | sm | registers | shared bytes | 16-byte loads | matrix |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for x in results:
+        lines.append(
+            f"| {x.kernel} | {x.case} | {x.configuration} | {x.target} | {x.registers}"
+            f" | {x.shared} | {x.wide_loads} | {' '.join(x.matrix)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where aot_resources.json and .md go")
+    parser.add_argument("--quick", action="store_true", help="only what CI compiles")
+    options = parser.parse_args()
+    results = compile_all(is_quick) if options.quick else compile_all()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    rows = [asdict(x) for x in results]
+    (options.folder / "aot_resources.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (options.folder / "aot_resources.md").write_text(markdown(results))
+
+
+if __name__ == "__main__":
+    main()
