@@ -1,0 +1,55 @@
+"""The environment variables, and the sentence that a server logs about them."""
+
+import pytest
+
+from vlcache_triton.config import VLCacheConfig
+from vlcache_triton.integrations.sglang.settings import Settings, read_settings
+
+
+def test_without_variables_the_recipe_is_the_papers():
+    assert read_settings({"HOME": "/root"}) == Settings(VLCacheConfig(), True, "auto")
+
+
+def test_every_field_has_a_variable_and_they_win_over_the_json():
+    settings = read_settings(
+        {
+            "VLCACHE_CONFIG": '{"budget": 0.5, "smoothing": 3}',
+            "VLCACHE_BUDGET": "0.2",
+            "VLCACHE_MAX_QUERY_ROWS": "16",
+            "VLCACHE_TEXT_WINDOW": "null",
+            "VLCACHE_ALLOCATION": "uniform",
+            "VLCACHE_PACK": "0",
+            "VLCACHE_KERNELS": "reference",
+        }
+    )
+    config = VLCacheConfig(budget=0.2, smoothing=3, max_query_rows=16, allocation="uniform")
+    assert settings == Settings(config, False, "reference")
+
+
+@pytest.mark.parametrize(
+    "environ, message",
+    [
+        ({"VLCACHE_BUGDET": "0.1"}, "VLCACHE_BUGDET: got a variable of that name"),
+        ({"VLCACHE_BUDGET": "1"}, "VLCACHE_BUDGET: got '1', expected 1.0"),
+        ({"VLCACHE_BUDGET": "1.5"}, "VLCACHE_BUDGET: budget: got 1.5"),
+        ({"VLCACHE_THRESHOLD": "often"}, "VLCACHE_THRESHOLD: "),
+        ({"VLCACHE_ALLOCATION": "fair"}, "VLCACHE_ALLOCATION: allocation: got 'fair'"),
+        ({"VLCACHE_CONFIG": "{budget: 1}"}, "VLCACHE_CONFIG: got"),
+        ({"VLCACHE_CONFIG": '{"alpha": 0.1}'}, "VLCACHE_CONFIG: got"),
+        ({"VLCACHE_PACK": "yes"}, "VLCACHE_PACK: got 'yes', expected 0 or 1"),
+        ({"VLCACHE_KERNELS": "cuda"}, "VLCACHE_KERNELS: got 'cuda'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_its_variables_name(environ, message):
+    with pytest.raises(ValueError, match="VLCACHE_") as error:
+        read_settings(environ)
+    assert str(error.value).startswith(message)
+
+
+def test_the_logged_line_says_what_is_on():
+    line = read_settings({"VLCACHE_BUDGET": "0.1", "VLCACHE_SMOOTHING": "3"}).describe()
+    assert "10% of the prompt's KV cache (smoothing=3)" in line
+    assert "not put in the radix cache" in line
+    assert "no memory is freed" in read_settings({"VLCACHE_PACK": "0"}).describe()
+    assert "keeps its whole KV cache" in read_settings({"VLCACHE_BUDGET": "1.0"}).describe()
+    assert "64 tokens a layer" in read_settings({"VLCACHE_BUDGET": "64"}).describe()
