@@ -7,6 +7,17 @@ from importlib.metadata import version
 from typing import Any
 
 SGLANG_VERSION = "0.5.23"  # whose internals the hooks were written for
+OTHER_CACHES = (  # flags that keep KV in a place of its own
+    "enable_hierarchical_cache",
+    "enable_hisparse",
+    "enable_lmcache",
+    "enable_flexkv",
+    "enable_unified_memory",
+    "enable_page_major_kv_layout",
+    "enable_unified_cache_external_linker",
+    "enable_session_radix_cache",
+    "radix_cache_backend",
+)
 
 
 def check_version() -> None:
@@ -50,19 +61,8 @@ def _server_problems(runner: Any) -> Iterator[str]:
         yield f"got --page-size {runner.page_size}, expected 1: slots are freed one by one"
     if get_schedule().enable_mixed_chunk:
         yield "--enable-mixed-chunk is not supported"
-    memory = get_memory()
-    for flag in (
-        "enable_hierarchical_cache",
-        "enable_hisparse",
-        "enable_lmcache",
-        "enable_flexkv",
-        "enable_unified_memory",
-        "enable_page_major_kv_layout",
-        "enable_unified_cache_external_linker",
-        "enable_session_radix_cache",
-        "radix_cache_backend",
-    ):
-        if getattr(memory, flag):
+    for flag in OTHER_CACHES:
+        if getattr(get_memory(), flag):
             name = flag.replace("_", "-")
             yield f"--{name} is not supported, as it keeps KV in a place of its own"
     if get_disagg().disaggregation_mode != "null":
