@@ -17,7 +17,7 @@ from vlcache_triton.backend import get_backend
 
 from .block_table import PackedLayout, fill_block_table
 from .index_only import KeptPositions, sparse_table
-from .measure import Measurement, plan_measurement, plan_prompt
+from .measure import Measurement, ending_prompts, plan_measurement, plan_prompt
 from .packing import pack_prompt
 from .pool import OneTensorKVPool
 from .prompts import PromptTable, TrackedPrompt
@@ -84,6 +84,7 @@ class VLCacheAttnBackend(TritonAttnBackend):
         self.table = PromptTable(settings.config, self.num_layers, settings.pack)
         self.kept: dict[str, KeptPositions] = {}  # VLCACHE_PACK=0
         self.measurement: Measurement | None = None
+        self.ending: list[TrackedPrompt] = []
         self.step: DecodeStep | None = None
         pool, num_rows = self.token_to_kv_pool, len(self.req_to_token)
         if settings.pack:
@@ -106,7 +107,7 @@ class VLCacheAttnBackend(TritonAttnBackend):
     # ---- what SGLang calls before a forward
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
-        self.measurement = self.step = None
+        self.measurement, self.ending, self.step = None, [], None
         mode = forward_batch.forward_mode
         if mode.is_decode():
             if self.settings.pack:
@@ -119,13 +120,13 @@ class VLCacheAttnBackend(TritonAttnBackend):
         if self.settings.pack:
             self.layout.reset(forward_batch.req_pool_indices)
         if forward_batch.rids is not None:  # None: a warm-up batch
-            self.measurement = plan_measurement(
-                self.table,
+            chunks = (
                 forward_batch.rids,
                 forward_batch.extend_prefix_lens_cpu,
                 forward_batch.extend_seq_lens_cpu,
-                self.req_to_token,
             )
+            self.measurement = plan_measurement(self.table, *chunks, self.req_to_token)
+            self.ending = ending_prompts(self.table, *chunks)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Tables at fixed addresses. Every captured batch size uses the front of the same ones."""
@@ -143,7 +144,7 @@ class VLCacheAttnBackend(TritonAttnBackend):
                 f"--attention-backend vlcache: got a graph of {forward_batch.forward_mode},"
                 " expected decode"
             )
-        self.measurement = None
+        self.measurement, self.ending = None, []
         self.step = self._graph_step.first(forward_batch.batch_size)
 
     def shared_read_ends(self, fm: Any) -> SharedReadEnds:
@@ -165,9 +166,9 @@ class VLCacheAttnBackend(TritonAttnBackend):
                 self.settings.config.threshold,
                 self.ops,
             )
-            if layer.layer_id == self.num_layers - 1:
-                for prompt in self.measurement.finished:
-                    self._compress(prompt)
+        if layer.layer_id == self.num_layers - 1:
+            for prompt in self.ending:
+                self._compress(prompt)
         return out
 
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):

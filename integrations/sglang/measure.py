@@ -39,12 +39,11 @@ class Chunk:
 class Measurement:
     """What a prefill forward measures, the same in every layer.
 
-    chunks: prompts that have query rows in it. finished: prompts that it ends.
+    chunks: prompts that have query rows in it.
     The tensors are arguments of `post_vision_stats`; the keys are pages of one token.
     """
 
     chunks: tuple[Chunk, ...]
-    finished: tuple[TrackedPrompt, ...]
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     seqused_k: Tensor
@@ -112,7 +111,7 @@ def plan_measurement(
     req_to_token: Tensor,
 ) -> Measurement | None:
     """What to measure in a prefill of these requests; None where there is nothing."""
-    chunks, finished, start = [], [], 0
+    chunks, start = [], 0
     for rid, prefix, extend in zip(rids, prefix_lens, extend_lens, strict=True):
         prompt, offset = table.get(rid), start - prefix
         start += extend
@@ -121,8 +120,6 @@ def plan_measurement(
         first, seen = max(prompt.first_row, prefix), min(prefix + extend, prompt.length)
         if first < seen:
             chunks.append(Chunk(prompt, first + offset, seen + offset, seen))
-        if seen == prompt.length:
-            finished.append(prompt)
     if not chunks:
         return None
     device = req_to_token.device
@@ -131,12 +128,29 @@ def plan_measurement(
     starts_q = [0, *accumulate(chunk.last - chunk.first for chunk in chunks)]
     return Measurement(
         tuple(chunks),
-        tuple(finished),
         torch.tensor(starts_q, dtype=torch.int32, device=device),
         torch.arange(len(chunks) + 1, dtype=torch.int32, device=device) * width,
         torch.tensor([chunk.seen for chunk in chunks], dtype=torch.int32, device=device),
         req_to_token[rows, :width].contiguous(),
     )
+
+
+def ending_prompts(
+    table: PromptTable,
+    rids: Sequence[str],
+    prefix_lens: Sequence[int],
+    extend_lens: Sequence[int],
+) -> list[TrackedPrompt]:
+    """The prompts that no later chunk will attend to as a whole: to be compressed after this one.
+
+    A retracted request's prefill goes on behind its prompt, over the output it had given.
+    """
+    ending = []
+    for rid, prefix, extend in zip(rids, prefix_lens, extend_lens, strict=True):
+        prompt = table.get(rid)
+        if prompt is not None and not prompt.is_packed and prefix + extend >= prompt.prefilled:
+            ending.append(prompt)
+    return ending
 
 
 def plan_prompt(prompt: TrackedPrompt, table: PromptTable, backend: Backend) -> CompressionPlan:

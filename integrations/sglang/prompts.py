@@ -21,7 +21,8 @@ class TrackedPrompt:
     """One request whose prompt is compressed at the end of its prefill.
 
     rid: of the request. req_pool_idx: its row of req_to_token.
-    length: m, tokens of the prompt; output that a retracted request prefills again lies behind.
+    length: m, tokens of the prompt. prefilled: with the output that a retracted request prefills
+        again behind it.
     first_row: where the query rows begin; they end with the prompt.
     num_slots: slots that the compressed prompt takes, ceil(Σ k_l / L).
     protected: the first tokens, whose slots belong to the radix tree.
@@ -36,6 +37,7 @@ class TrackedPrompt:
     length: int
     first_row: int
     num_slots: int
+    prefilled: int = 0
     protected: int = 0
     sums: PostVisionStats | None = None
     is_packed: bool = False
@@ -96,7 +98,7 @@ class PromptTable:
             prompt = TrackedPrompt(req.rid, req.kv.req_pool_idx, length, first_row, num_slots)
             self._by_rid[req.rid] = prompt
         if not prompt.is_packed:
-            prompt.protected = protected
+            prompt.protected, prompt.prefilled = protected, len(req.full_untruncated_fill_ids)
 
     def free_evicted(self, req: Any, req_to_token: Tensor, allocator: Any) -> None:
         """Give the slots behind the kept ones back to the scheduler, once its prefill is over."""

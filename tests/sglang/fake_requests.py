@@ -9,13 +9,22 @@ from torch import Tensor
 
 
 def fake_request(
-    rid: str, row: int, length: int, image: tuple[int, int] | None, protected: int = 0
+    rid: str,
+    row: int,
+    length: int,
+    image: tuple[int, int] | None,
+    protected: int = 0,
+    outputs: int = 0,
 ) -> SimpleNamespace:
-    """A request whose image lies at positions image[0] to image[1], the last included."""
+    """A request whose image lies at positions image[0] to image[1], the last included.
+
+    It was retracted if it has `outputs`, which it prefills again.
+    """
     item = SimpleNamespace(offsets=[image])
     return SimpleNamespace(
         rid=rid,
         origin_input_ids=list(range(length)),
+        full_untruncated_fill_ids=list(range(length + outputs)),
         session=None,
         beam_group=None,
         skip_radix_cache_insert=False,

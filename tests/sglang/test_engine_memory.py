@@ -23,8 +23,9 @@ def same_length(count: int, max_new_tokens: int) -> list[dict]:
 
 
 def test_a_pool_for_two_dense_requests_serves_at_least_twice_as_many(folder):
-    requests = same_length(6, 20)
-    pool = dict(max_total_tokens=125, chunked_prefill_size=64)
+    question = "what is this, and what was it before it became what it is?"
+    requests = [ask(NAME, question, 1, 10, seed=3 * i) for i in range(6)]  # 77 + 10 tokens each
+    pool = dict(max_total_tokens=230)
     steps = [{"requests": requests}, {"flush": True}]
     dense = run_engine(folder, steps, {"VLCACHE_BUDGET": "1.0"}, **pool)
     packed = run_engine(folder, steps, {"VLCACHE_BUDGET": "0.25"}, **pool)

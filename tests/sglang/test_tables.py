@@ -10,7 +10,7 @@ from vlcache_triton.backend import get_backend
 from vlcache_triton.config import VLCacheConfig
 from vlcache_triton.integrations.sglang.block_table import PackedLayout, fill_block_table
 from vlcache_triton.integrations.sglang.index_only import KeptPositions, sparse_table
-from vlcache_triton.integrations.sglang.measure import plan_measurement, plan_prompt
+from vlcache_triton.integrations.sglang.measure import ending_prompts, plan_measurement, plan_prompt
 from vlcache_triton.integrations.sglang.packing import pack_prompt
 from vlcache_triton.integrations.sglang.prompts import PromptTable, image_end, slots_needed
 
@@ -48,16 +48,15 @@ class Server:
         extend = [last - first for first, last in spans]
         rids = [req.rid for req in reqs]
         measured = plan_measurement(self.table, rids, prefix, extend, self.req_to_token)
-        if measured is None:
-            return []
-        for layer in range(LAYERS):
+        for layer in range(LAYERS if measured is not None else 0):
             rows = [
                 self.q[layer, req.kv.req_pool_idx, a:b]
                 for req, (a, b) in zip(reqs, spans, strict=True)
             ]
             k = self.pool.k_buffer[layer][:, None]
             measured.add_layer(layer, LAYERS, torch.cat(rows), k, 0.25, 0.01, self.ops)
-        return [(p, plan_prompt(p, self.table, self.ops)) for p in measured.finished]
+        ending = ending_prompts(self.table, rids, prefix, extend)
+        return [(p, plan_prompt(p, self.table, self.ops)) for p in ending]
 
     def pack(self, prompt, plan) -> None:
         slots = self.req_to_token[prompt.req_pool_idx, : prompt.length].contiguous()
@@ -88,7 +87,7 @@ def kept_then_generated(plan, dense: torch.Tensor, layer: int, length: int) -> l
     ]
 
 
-@pytest.mark.parametrize("bounds", [(50,), (7, 50), (20, 31, 44, 50), (46, 47, 50, 60)])
+@pytest.mark.parametrize("bounds", [(50,), (7, 50), (20, 31, 44, 50), (46, 47, 49, 50)])
 def test_chunks_of_any_size_give_the_unchunked_plan(bounds):
     req = fake_request("a", 1, 50, (5, 30))
     whole, chunked = Server(), Server()
@@ -101,6 +100,21 @@ def test_chunks_of_any_size_give_the_unchunked_plan(bounds):
     assert torch.equal(plans[0].keep, plans[1].keep)
     assert torch.equal(plans[0].indices, plans[1].indices)
     torch.testing.assert_close(plans[0].sparsity, plans[1].sparsity, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bounds", [(58,), (30, 58), (30, 50, 58), (44, 53, 58)])
+def test_a_retracted_request_keeps_what_it_kept_and_is_packed_at_its_very_end(bounds):
+    first, again = Server(), Server()
+    plans = []
+    for server, req, ends in (
+        (first, fake_request("a", 1, 50, (5, 30)), (50,)),
+        (again, fake_request("a", 1, 50, (5, 30), outputs=8), bounds),
+    ):
+        server.admit(req, 60)
+        found = [server.prefill([req], [chunk]) for chunk in zip((0, *ends), ends, strict=False)]
+        assert [len(plans) for plans in found] == [0] * (len(ends) - 1) + [1]
+        plans.append(found[-1][0][1])
+    assert torch.equal(plans[0].indices, plans[1].indices)
 
 
 def test_a_batch_measures_each_image_prompt_as_if_alone():
