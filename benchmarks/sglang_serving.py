@@ -11,6 +11,10 @@ and of those that were retracted for want of memory, are read from the server's 
 
     python benchmarks/sglang_serving.py --model Qwen/Qwen2.5-VL-7B-Instruct
     python benchmarks/sglang_serving.py --miniature       # on a CPU: a tiny random model
+
+The miniature runs in the environment of `.ci/sglang FOLDER`. Its times say nothing about a GPU:
+lines 2 and 3 run interpreted Triton kernels, line 1 plain torch. How many requests run at once in
+the same pool depends on memory alone, and holds.
 """
 
 from __future__ import annotations
@@ -37,6 +41,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CPU_FLAGS = "--device cpu --dtype float32 --mm-attention-backend sdpa --disable-cuda-graph"
 START_SECONDS = 900  # until the server answers
+MINIATURE_NOTE = (
+    "Times say nothing about a GPU: the first line runs plain torch, the others interpreted Triton"
+    " kernels, on a machine shared with other work. The memory columns hold."
+)
 RESULTS = {  # field of the client's record: heading
     "completed": "completed",
     "request_throughput": "req/s",
@@ -194,6 +202,7 @@ def main() -> None:
         if options.miniature:
             chosen["model"] = "tiny random Qwen2.5-VL, 4 layers"
         report = {
+            "note": MINIATURE_NOTE if options.miniature else "",
             "date": date.today().isoformat(),
             "machine": machine(),
             "versions": {name: version(name) for name in packages},
