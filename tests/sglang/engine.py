@@ -94,10 +94,12 @@ def start(
     return done, (folder / "log").read_text()
 
 
-def ask(name: str, text: str, images: int, max_new_tokens: int, seed: int = 0, **more) -> dict:
-    """A request, with images of different sizes before the text."""
+def ask(
+    name: str, text: str, images: int, max_new_tokens: int, seed: int = 0, before: str = "", **more
+) -> dict:
+    """A request: some text, images of different sizes, more text."""
     pictures = [[seed + i, 112 + 28 * ((seed + i) % 3), 112] for i in range(images)]
-    prompt = {"text": IMAGE[name] * images + text, "images": pictures}
+    prompt = {"text": before + IMAGE[name] * images + text, "images": pictures}
     return {**prompt, "max_new_tokens": max_new_tokens, **more}
 
 

@@ -60,11 +60,17 @@ def test_index_only_mode_decodes_the_same_and_keeps_prefix_reuse(folder):
     assert "no memory is freed" in run.log
 
 
-def test_the_triton_kernels_serve_it_too(folder):
-    requests = [*same_length(2, 4), ask(NAME, "text alone", 0, 4)]
+def test_the_triton_kernels_serve_it_too_behind_a_text_prefix_of_the_tree(folder):
+    text = "a beginning that is shared "
+    first = [ask(NAME, text, 0, 2)]
+    then = [ask(NAME, "what is this?", 1, 4, seed=i, before=text) for i in range(2)]
+    then.append(ask(NAME, text + "by text alone", 0, 4))
+    steps = [{"requests": first}, {"requests": then}, {"flush": True}]
     environ = {"VLCACHE_BUDGET": "0.25", "VLCACHE_KERNELS": "triton"}
-    run = run_engine(folder, [{"requests": requests}], environ, chunked_prefill_size=32)
-    assert run.tokens() == [expected_tokens(folder, r, 0.25) for r in requests]
+    run = run_engine(folder, steps, environ, chunked_prefill_size=32)
+    assert run.tokens(1) == [expected_tokens(folder, r, 0.25) for r in then]
+    assert all(result["cached_tokens"] == len(text) for result in run.steps[1])
+    assert run.steps[2] is True
 
 
 def random_requests(count: int, seed: int) -> list[dict]:
