@@ -19,7 +19,7 @@ from .console import UserError, one_line, print_json, progress
 if TYPE_CHECKING:
     from .vlm import VisionLanguageModel
 
-QUICK_PAGES = 10
+QUICK_PAGES = 6
 QUICK_SUITES = ["value", "next", "value, 3 turns"]
 QUICK_BUDGETS = [0.05, 0.1, 0.2, 0.4]
 
@@ -74,10 +74,13 @@ def evaluate(
     pages = min(pages, QUICK_PAGES) if quick else pages
     _check_folder(out, {"model": model, "data": data and str(data), "budgets": budgets})
 
+    import torch
+
     from .vlm import VisionLanguageModel
 
     vlm = VisionLanguageModel(model)
     if data is None:
+        torch.set_num_threads(1)  # so small a model only waits for further threads
         jobs = list(_form_jobs(vlm, suites, pages, budgets))
     else:
         jobs = list(_own_jobs(vlm, data, max_new_tokens, budgets))
