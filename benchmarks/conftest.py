@@ -12,22 +12,9 @@ import torch
 if not torch.cuda.is_available():  # before Triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from measure import HAS_GPU, copy_rate, device_times, environment
+from measure import CLOCK, HAS_GPU, copy_rate, device_times, environment, record
 
 Measure = Callable[..., None]
-
-
-class DeviceClock:
-    """A timer that advances by device times, so that pytest-benchmark's statistics are of those."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __call__(self) -> float:
-        return self.seconds
-
-
-CLOCK = DeviceClock()
 
 
 def pytest_report_header() -> str:
@@ -47,18 +34,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Have every benchmark timed by the device's clock."""
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=CLOCK))
-
-
-def record(request: pytest.FixtureRequest, times: Sequence[float], **facts: Any) -> None:
-    """Hand device times (seconds) and facts to pytest-benchmark."""
-    benchmark = request.getfixturevalue("benchmark")
-    remaining = iter(times)
-
-    def advance() -> None:
-        CLOCK.seconds += next(remaining)
-
-    benchmark.pedantic(advance, rounds=len(times), iterations=1)
-    benchmark.extra_info.update(facts, **environment())
 
 
 @pytest.fixture

@@ -7,7 +7,9 @@ import functools
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import pytest
 import torch
 import triton
 from torch import Tensor
@@ -105,3 +107,28 @@ def check(actual: Tensor, expected: Tensor, rms: float = 0.01) -> None:
     actual, expected = actual.float(), expected.float()
     error = (actual - expected).square().mean().sqrt() / expected.square().mean().sqrt()
     assert error <= rms, f"RMS error {error:.2%} of the fp32 reference's RMS"
+
+
+class DeviceClock:
+    """A timer that advances by device times, so that pytest-benchmark's statistics are of those."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+CLOCK = DeviceClock()
+
+
+def record(request: pytest.FixtureRequest, times: Sequence[float], **facts: Any) -> None:
+    """Hand device times (seconds) and facts to pytest-benchmark."""
+    benchmark = request.getfixturevalue("benchmark")
+    remaining = iter(times)
+
+    def advance() -> None:
+        CLOCK.seconds += next(remaining)
+
+    benchmark.pedantic(advance, rounds=len(times), iterations=1)
+    benchmark.extra_info.update(facts, **environment())

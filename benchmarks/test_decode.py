@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -58,8 +58,8 @@ class Inputs:
 def ragged_lengths(num_segments: int, total: int) -> list[int]:
     """Lengths that vary 20-fold, evenly in their logarithm, in shuffled order."""
     spread = [20 ** (i / max(num_segments - 1, 1)) for i in range(num_segments)]
-    lengths = [max(1, math.floor(total * x / sum(spread))) for x in spread]
-    lengths[-1] += total - sum(lengths)
+    ends = [round(total * x / sum(spread)) for x in accumulate(spread, initial=0)]
+    lengths = [max(1, end - start) for start, end in pairwise(ends)]
     order = torch.randperm(num_segments, generator=torch.Generator().manual_seed(0))
     return [lengths[i] for i in order.tolist()]
 

@@ -167,8 +167,9 @@ def call_host_functions(case: Case) -> None:
     compact.compact_kv_(k, v, starts, *kept, max_kept=800, **pages)
 
     starts, used = ints(num_segments + 1), ints(num_segments)
-    row = floats(num_segments, 1, 1, d)
-    append.append_kv(row, row, pool_k, pool_v, starts, used, **pool_pages)
+    for num_rows in (1, 32):
+        row = floats(num_segments, num_rows, 1, d)
+        append.append_kv(row, row, pool_k, pool_v, starts, used, **pool_pages)
     q = floats(num_segments, group, d)
     for longest in (length, 1):  # split, and direct
         decode.varlen_decode(
@@ -280,7 +281,7 @@ def markdown(results: list[Compiled]) -> str:
     lines = [
         f"Compiled ahead of time by Triton {triton.__version__}; nothing here was run.",
         "",
-        "| kernel | case | configuration | sm | registers | shared bytes | 16-byte loads | matrix |",
+        "| kernel | case | configuration | sm | registers | shared | 16-byte loads | matrix |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for x in results:

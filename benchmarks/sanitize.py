@@ -1,0 +1,75 @@
+"""One pass of each kernel on small shapes, for `compute-sanitizer python benchmarks/sanitize.py`.
+
+Set PYTORCH_NO_CUDA_MEMORY_CACHING=1: in the caching allocator's blocks, overruns go unseen.
+"""
+
+from __future__ import annotations
+
+import torch
+from measure import DEVICE, DTYPE
+from torch import Tensor
+
+from vlcache_triton.kernels.append import append_kv
+from vlcache_triton.kernels.compact import compact_kv, compact_kv_
+from vlcache_triton.kernels.decode import varlen_decode
+from vlcache_triton.kernels.score import post_vision_stats
+from vlcache_triton.kernels.select import select_tokens
+
+LENGTHS, ROWS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, PAGE_SIZE = [70, 333, 1], 5, 8, 2, 64, 16
+ROOM = 3  # rows
+
+
+def ints(*values: int) -> Tensor:
+    """An int32 vector."""
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def floats(*shape: int) -> Tensor:
+    """A tensor whose size is no multiple of anything, so that an overrun leaves the allocation."""
+    return torch.randn(*shape, device=DEVICE, dtype=DTYPE)
+
+
+def starts_of(lengths: list[int]) -> Tensor:
+    """cu_seqlens."""
+    return ints(0, *torch.tensor(lengths).cumsum(0).tolist())
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    num_seqs, longest, total = len(LENGTHS), max(LENGTHS), sum(LENGTHS)
+    starts, starts_q = starts_of(LENGTHS), starts_of([ROWS] * num_seqs)
+    q = floats(num_seqs * ROWS, NUM_HEADS, HEAD_SIZE)
+    k, v = (floats(total, NUM_KV_HEADS, HEAD_SIZE) for _ in range(2))
+    stats = post_vision_stats(q, k, starts_q, starts, ROWS, longest)
+    keep = ints(*(max(1, n // 4) for n in LENGTHS))
+    selection = select_tokens(stats.scores, starts, keep, keep // 10, max_seqlen=longest)
+
+    kept = keep.repeat_interleave(NUM_KV_HEADS).tolist()
+    pool_starts = starts_of([n + ROOM for n in kept])
+    pools = [floats(sum(kept) + len(kept) * ROOM, 1, HEAD_SIZE) for _ in range(2)]
+    compact_kv(k, v, starts, *selection, *pools, pool_starts, max_kept=max(kept))
+    used = ints(*kept)
+    new = [floats(len(kept), 1, 1, HEAD_SIZE) for _ in range(2)]
+    append_kv(*new, *pools, pool_starts, used)
+    rows = floats(len(kept), NUM_HEADS // NUM_KV_HEADS, HEAD_SIZE)
+    one = starts_of([1] * len(kept))
+    for bound in (max(kept) + ROOM, 4096):  # in one piece, and split
+        out = varlen_decode(rows, *pools, one, pool_starts, 1, bound, seqused_k=used)
+        assert out.isfinite().all()
+
+    pages = [-(-n // PAGE_SIZE) for n in LENGTHS]
+    table = torch.zeros(num_seqs, max(pages), dtype=torch.int32, device=DEVICE)
+    order = torch.randperm(sum(pages)).int().to(DEVICE).split(pages)
+    for row, mine in zip(table, order, strict=True):
+        row[: len(mine)] = mine
+    k, v = (floats(sum(pages), PAGE_SIZE, NUM_KV_HEADS, HEAD_SIZE) for _ in range(2))
+    post_vision_stats(q, k, starts_q, starts, ROWS, longest, block_table=table)
+    varlen_decode(q, k, v, starts_q, starts, ROWS, longest, block_table=table)
+    compact_kv_(k, v, starts, *selection, max_kept=max(kept), block_table=table)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    print("one pass of each kernel: done")
+
+
+if __name__ == "__main__":
+    main()

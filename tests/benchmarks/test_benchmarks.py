@@ -1,0 +1,213 @@
+"""The benchmarks' code paths without a GPU: the miniature, the timer, the collector, the report.
+
+No number here comes from a GPU, and none is kept.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+ENTRY = {
+    "num_seqs": 1,
+    "length": 8192,
+    "copy_rate": 3000.0,
+    "gpu": "made up",
+    "torch": "0",
+    "triton": "0",
+    "commit": "none",
+    "date": "never",
+}
+DECODE = dict(ENTRY, layout="packed", num_kv_heads=8, gigabytes_per_second=1.0)
+END_TO_END = dict(
+    ENTRY,
+    budget=0.1,
+    prefill_ms=300.0,
+    overhead_percent=0.5,
+    roofline_ms=5.0,
+    times_roofline=1.2,
+    resident_mib=100.0,
+    peak_mib=200.0,
+)
+
+
+def run(*command: str | Path, **more) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([str(ROOT), str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, **more)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="run_gpu.sh runs the real thing")
+def test_the_miniature_passes_and_times_nothing(tmp_path):
+    file = tmp_path / "out.json"
+    tests = sorted(BENCHMARKS.glob("test_*.py"))
+    options = ["-q", "-p", "no:cacheprovider", "--benchmark-json", str(file)]
+    done = run(sys.executable, "-m", "pytest", *options, *tests)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "nothing timed" in run(sys.executable, "-m", "pytest", "--co", tests[0]).stdout
+    assert not file.exists(), "pytest-benchmark writes a file only where something was timed"
+
+
+def test_every_kernel_passes_the_sanitizer_s_script():
+    done = run(sys.executable, BENCHMARKS / "sanitize.py")
+    assert "one pass of each kernel: done" in done.stdout, done.stderr[-4000:]
+
+
+def test_the_collector_keeps_device_times(tmp_path):
+    (tmp_path / "test_device_times.py").write_text(
+        "import pytest\n"
+        "from measure import CLOCK, record\n"
+        "@pytest.mark.benchmark(timer=CLOCK)\n"
+        "def test_it(request):\n"
+        "    record(request, [0.25, 0.5, 4.0], peer='made up')\n"
+    )
+    file = tmp_path / "out.json"
+    options = ["-q", "-p", "no:cacheprovider", f"--rootdir={tmp_path}"]
+    done = run(sys.executable, "-m", "pytest", *options, "--benchmark-json", file, tmp_path)
+    assert done.returncode == 0, done.stdout[-4000:]
+    (entry,) = json.loads(file.read_text())["benchmarks"]
+    stats, facts = entry["stats"], entry["extra_info"]
+    assert (stats["min"], stats["median"], stats["max"]) == (0.25, 0.5, 4.0)
+    assert facts["peer"] == "made up"
+    assert {"gpu", "torch", "triton", "commit", "date"} <= facts.keys()
+
+
+class HostEvent:
+    """Stands for torch.cuda.Event."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: "HostEvent") -> float:
+        return 1e3 * (end.at - self.at)
+
+
+class HostGraph:
+    """Stands for torch.cuda.CUDAGraph; replays five milliseconds."""
+
+    def replay(self) -> None:
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_window_s_time_is_shared_out_among_its_launches(monkeypatch, graph):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    measure = importlib.import_module("measure")
+    monkeypatch.setattr(torch.cuda, "Event", HostEvent)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", HostGraph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda captured: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    launched = []
+
+    def launch(i: int) -> None:
+        launched.append(i)
+        time.sleep(0.001)
+
+    times = measure.device_times([lambda i=i: launch(i) for i in range(5)], graph=graph)
+    assert len(times) == measure.REPEATS
+    assert 0.0009 < min(times) < 0.01
+    assert launched[2:7] == [0, 1, 2, 3, 4], "after the two that warm up, all in turn"
+    assert len(launched) == 7 if graph else len(launched) >= 5 * measure.REPEATS
+
+
+def test_wrong_results_are_refused(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    check = importlib.import_module("measure").check
+    right = torch.arange(1.0, 9.0)
+    check(right * 1.005, right)
+    for wrong in (right * 1.02, right.flip(0), right * torch.nan):
+        with pytest.raises(AssertionError, match="RMS error"):
+            check(wrong, right)
+
+
+def test_ragged_lengths_vary_twentyfold_and_add_up():
+    done = run(
+        sys.executable,
+        "-c",
+        "from test_decode import ragged_lengths as r; print([r(n, t) for n, t in"
+        " ((8, 8192), (512, 131072), (1, 40))])",
+    )
+    few, many, one = json.loads(done.stdout)
+    assert (sum(few), sum(many), one) == (8192, 131072, [40])
+    for lengths in (few, many):
+        assert 18 < max(lengths) / min(lengths) < 22
+
+
+def test_the_report_compares_what_was_measured(tmp_path):
+    decode = [
+        dict(DECODE, peer=peer, nbytes=33e6, microseconds=us, percent_of_copy_rate=1100 / us)
+        for peer, us in (("ours", 12.5), ("sdpa-fa2", 50.0), ("flashinfer", 25.0))
+    ]
+    kernel = dict(ENTRY, peer="ours", nbytes=30e6, microseconds=20.0)
+    loops = [
+        dict(END_TO_END, peer=peer, token_ms=ms, total_s=ms / 10)
+        for peer, ms in (("lean-0.1", 6.0), ("default", 60.0))
+    ]
+    crowd = dict(
+        ENTRY, budget=0.1, num_prompts=170, memory_gib=40, peak_gib=39, step_ms=9, equal_tokens=1
+    )
+    entries = [("decode", x) for x in decode] + [("score", kernel), ("concurrency", crowd)]
+    entries += [("end_to_end", x) for x in loops]
+    made_up = [{"name": f"test_{name}[x]", "extra_info": facts} for name, facts in entries]
+    (tmp_path / "gpu_made_up.json").write_text(json.dumps({"benchmarks": made_up}))
+    done = run(sys.executable, BENCHMARKS / "report.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "gpu_report.md").read_text()
+    assert "| ours | 12.5 | 1 | 88 | 2.00x |" in text
+    assert "| 1 x 8192 | ours | 20.0 | 10.0 |" in text
+    (lean,) = [line for line in text.splitlines() if "lean-0.1" in line]
+    assert lean.endswith("| 10.00x | 10.00x |")
+    assert "| 170 x 8192 |" in text
+    assert all((tmp_path / f"gpu_{x}.png").stat().st_size > 1000 for x in ("decode", "tokens"))
+
+
+def test_a_report_of_nothing_is_refused(tmp_path):
+    done = run(sys.executable, BENCHMARKS / "report.py", tmp_path)
+    assert done.returncode != 0
+    assert "no gpu_*.json" in done.stderr
+
+
+def test_the_scripts_refuse_a_machine_without_a_gpu(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    for script in ("run_gpu.sh", "run_gpu_end_to_end.sh"):
+        done = subprocess.run(
+            ["bash", BENCHMARKS / script],
+            env={**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1
+        assert "no CUDA device" in done.stderr
+
+
+def test_a_part_that_runs_too_long_is_stopped_and_the_next_still_runs(tmp_path):
+    (tmp_path / "python").write_text("#!/bin/sh\nexit 0\n")  # finds a GPU and every module
+    (tmp_path / "python").chmod(0o755)
+    script = ". benchmarks/gpu_parts.sh; part 1 long sleep 30; part 5 short echo ran; exit $failed"
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env={**os.environ, "PYTHON": str(tmp_path / "python"), "OUT": str(tmp_path)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "long: exit status 124" in done.stdout
+    assert (tmp_path / "gpu_short.log").read_text() == "ran\n"
