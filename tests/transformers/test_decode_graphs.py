@@ -212,8 +212,11 @@ def dialogue(family, inputs, *turns, cache=None):
     return outs
 
 
-@every_family
-@each_budget
+@pytest.mark.parametrize(
+    ("family", "budget"),
+    [(name, 0.4) for name in SUPPORTED] + [(name, 1.0) for name in SOME],
+    indirect=["family"],
+)
 def test_a_dialogue(family, budget):
     inputs = family.inputs(LONG, SHORT)
     turns = [[30, 31, 32, 33], list(range(20, 45))]
