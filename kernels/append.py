@@ -42,7 +42,7 @@ def append_kv(
 
     Raises:
         ValueError: an argument that does not fit the others, by name.
-        NotImplementedError: a dtype that is not fp16, bf16 or fp32, or a head size above 256.
+        NotImplementedError: a dtype that is not fp16, bf16 or fp32.
     """
     expect_same_device(
         k=k,
@@ -64,6 +64,12 @@ def append_kv(
         expect(cache.dtype == x.dtype, f"{name}_cache", f"dtype {cache.dtype}", f"{x.dtype}")
         same = tuple(cache.shape[-2:]) == tuple(x.shape[-2:])
         expect(same, f"{name}_cache", f"shape {tuple(cache.shape)}", f"(..., {x.shape[-2:]})")
+    same = k_cache.shape[:-1] == v_cache.shape[:-1]
+    got, expected = (
+        f"shape {tuple(v_cache.shape)}",
+        f"({tuple(k_cache.shape[:-1])}, d_v), as k_cache",
+    )
+    expect(same, "v_cache", got, expected)
     expect_int32("seqused_k", seqused_k, (num_seqs,))
     expect_int32("cu_seqlens_k", cu_seqlens_k, (num_seqs + 1,))
     if block_table is not None:
@@ -98,7 +104,7 @@ def append_kv(
             HEAD_SIZE=d,
             HEAD_SIZE_V=d_v,
             D=padded(max(d, d_v)),
-            BLOCK=16,
+            BLOCK=16 if n * num_kv_heads <= 16 else 64,
             num_warps=4,
         )
 
@@ -165,4 +171,5 @@ def _append_kernel(
         v = tl.load(v_ptr + source_v[:, None] + dims[None, :], mask=mask_v)
         target_v += heads * stride_v_cache_head
         tl.store(v_cache_ptr + target_v[:, None] + dims[None, :], v, mask=mask_v)
+    tl.debug_barrier()  # every warp has read the length that one of them now overwrites
     tl.store(seqused_k_ptr + seq, used + n)

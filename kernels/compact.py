@@ -16,6 +16,8 @@ from .validate import (
 )
 
 ROWS = 32  # of a tile: 8 KiB of K and as much of V at d = 128 in two bytes
+ROWS_IN_PLACE = 256  # of a tile of columns: 16 KiB, as only so many programs can run at once
+COLUMN_BYTES = 64  # what memory hands out at a time
 
 
 def compact_kv(
@@ -55,21 +57,31 @@ def compact_kv(
         NotImplementedError: a dtype that is not fp16, bf16 or fp32.
     """
     num_segments = _validate(k, v, cu_seqlens_k, indices, cu_kept, block_table)
-    expect_same_device(k=k, out_k=out_k, out_v=out_v, cu_seqlens_out=cu_seqlens_out)
+    expect_same_device(
+        k=k,
+        out_k=out_k,
+        out_v=out_v,
+        cu_seqlens_out=cu_seqlens_out,
+        out_block_table=out_block_table,
+    )
     for name, source, out in (("out_k", k, out_k), ("out_v", v, out_v)):
         expect_paged_or_packed(name, out, out_block_table is not None)
         expect_float(name, out)
         expect(out.dtype == source.dtype, name, f"dtype {out.dtype}", f"{source.dtype}")
         shape = (1, source.shape[-1])
         expect(tuple(out.shape[-2:]) == shape, name, f"shape {tuple(out.shape)}", f"(..., {shape})")
-    expect_int32("cu_seqlens_out", cu_seqlens_out, (num_segments + 1,))
-    if out_block_table is not None:
+    same = out_k.shape[:-1] == out_v.shape[:-1]
+    got, expected = f"shape {tuple(out_v.shape)}", f"({tuple(out_k.shape[:-1])}, d_v), as out_k"
+    expect(same, "out_v", got, expected)
+    if out_block_table is None:
+        expect_int32("cu_seqlens_out", cu_seqlens_out, (num_segments + 1,))
+    else:
         shape = (num_segments, out_block_table.shape[-1])
         expect_int32("out_block_table", out_block_table, shape)
     if num_segments == 0 or max_kept <= 0:
         return
     with torch.cuda.device_of(k):  # the model may lie on several devices
-        _compact_kernel[(triton.cdiv(max_kept, ROWS), num_segments)](
+        _compact_kernel[(num_segments, triton.cdiv(max_kept, ROWS))](
             **_source_arguments(k, v, cu_seqlens_k, indices, cu_kept, block_table),
             out_k_ptr=out_k,
             out_v_ptr=out_v,
@@ -81,6 +93,8 @@ def compact_kv(
             stride_out_v_page=0 if out_block_table is None else out_v.stride(0),
             stride_out_v_row=out_v.stride(-3),
             OUT_PAGE_SIZE=1 if out_block_table is None else out_k.shape[1],
+            D=triton.next_power_of_2(max(k.shape[-1], v.shape[-1])),
+            ROWS=ROWS,
             num_warps=4,
         )
 
@@ -100,15 +114,22 @@ def compact_kv_(
     Arguments as for compact_kv. After it, logical row j of (sequence i, KV head h) holds kept
     token j of segment i * num_kv_heads + h; rows behind are unchanged. Needs no second copy.
 
-    Cost: one program walks a whole segment, as a tile may only move when those before it have.
+    Cost: a program walks a whole segment, as a tile may only move when those before it have. So
+    K and V and their columns, 64 bytes each, go to programs of their own.
     """
     num_segments = _validate(k, v, cu_seqlens_k, indices, cu_kept, block_table)
     if num_segments == 0 or max_kept <= 0:
         return
+    columns_k, columns_v = (COLUMN_BYTES // x.element_size() for x in (k, v))
+    slices_k = triton.cdiv(k.shape[-1], columns_k)
+    slices_v = triton.cdiv(v.shape[-1], columns_v)
     with torch.cuda.device_of(k):  # the model may lie on several devices
-        _compact_in_place_kernel[(num_segments,)](
+        _compact_in_place_kernel[(num_segments, slices_k + slices_v)](
             **_source_arguments(k, v, cu_seqlens_k, indices, cu_kept, block_table),
-            num_warps=4,
+            COLUMNS_K=columns_k,
+            COLUMNS_V=columns_v,
+            ROWS=ROWS_IN_PLACE,
+            num_warps=8,
         )
 
 
@@ -132,8 +153,6 @@ def _source_arguments(k, v, cu_seqlens_k, indices, cu_kept, block_table) -> dict
         "PAGE_SIZE": k.shape[1] if paged else 1,
         "HEAD_SIZE": k.shape[-1],
         "HEAD_SIZE_V": v.shape[-1],
-        "D": triton.next_power_of_2(max(k.shape[-1], v.shape[-1])),
-        "ROWS": ROWS,
     }
 
 
@@ -152,8 +171,9 @@ def _validate(k, v, cu_seqlens_k, indices, cu_kept, block_table) -> int:
         expect_float(name, x)
     same = k.shape[:-1] == v.shape[:-1]
     expect(same, "v", f"shape {tuple(v.shape)}", f"({tuple(k.shape[:-1])}, d_v), as k")
-    num_seqs = cu_seqlens_k.shape[0] - 1 if block_table is None else block_table.shape[0]
+    num_seqs = cu_seqlens_k.numel() - 1 if block_table is None else block_table.shape[0]
     if block_table is None:
+        expect(num_seqs >= 0, "cu_seqlens_k", "no elements", "num_seqs + 1 elements")
         expect_int32("cu_seqlens_k", cu_seqlens_k, (num_seqs + 1,))
     else:
         expect_int32("block_table", block_table, (num_seqs, block_table.shape[-1]))
@@ -216,16 +236,16 @@ def _compact_kernel(
     ROWS: tl.constexpr,
 ):
     """One tile of ROWS kept rows of one segment."""
-    segment = tl.program_id(1).to(tl.int64)
+    segment, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first = tl.load(cu_kept_ptr + segment)
     kept = tl.load(cu_kept_ptr + segment + 1) - first
-    if tl.program_id(0) * ROWS < kept:
+    if tile * ROWS < kept:
         seq, head = segment // num_kv_heads, segment % num_kv_heads
         if block_table_ptr is not None:
             block_table_ptr += seq * max_blocks
         if out_block_table_ptr is not None:
             out_block_table_ptr += segment * out_max_blocks
-        targets = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        targets = tile * ROWS + tl.arange(0, ROWS)
         mask = targets < kept
         positions = tl.load(indices_ptr + first.to(tl.int64) + targets, mask=mask, other=0)
         dims = tl.arange(0, D)
@@ -266,6 +286,87 @@ def _compact_kernel(
         tl.store(out_v_ptr + rows[:, None] + dims[None, :], v, mask=mask_v)
 
 
+@triton.jit
+def _load_kept(
+    x_ptr,  # at the head
+    targets,  # [ROWS], which of the kept rows
+    kept,
+    columns,  # [COLUMNS]
+    indices_ptr,  # at the segment
+    start_ptr,
+    block_table_ptr,
+    stride_page,
+    stride_row,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+):
+    """Columns of kept rows from where they lie, `[ROWS, COLUMNS]`."""
+    mask = targets < kept
+    positions = tl.load(indices_ptr + targets, mask=mask, other=0)
+    rows = _rows_of(positions, mask, start_ptr, block_table_ptr, stride_page, stride_row, PAGE_SIZE)
+    mask_x = mask[:, None] & (columns < HEAD_SIZE)[None, :]
+    return tl.load(x_ptr + rows[:, None] + columns[None, :], mask=mask_x)
+
+
+@triton.jit
+def _move_to_front(
+    x_ptr,
+    kept,
+    columns,
+    indices_ptr,
+    start_ptr,
+    block_table_ptr,
+    stride_page,
+    stride_row,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Some columns of a segment's kept rows, tile by tile.
+
+    Kept positions ascend, so kept row j lies at a position >= j: the tile that starts at row t
+    reads positions >= t and writes positions [t, t + ROWS), which no later tile reads. So a tile
+    may be written as soon as it has been read whole, and the next may be read before that.
+    """
+    targets = tl.arange(0, ROWS)
+    tile = _load_kept(
+        x_ptr,
+        targets,
+        kept,
+        columns,
+        indices_ptr,
+        start_ptr,
+        block_table_ptr,
+        stride_page,
+        stride_row,
+        PAGE_SIZE,
+        HEAD_SIZE,
+    )
+    for _ in range(0, kept, ROWS):
+        tl.debug_barrier()  # every warp has read its part of the tile
+        next_tile = _load_kept(
+            x_ptr,
+            targets + ROWS,
+            kept,
+            columns,
+            indices_ptr,
+            start_ptr,
+            block_table_ptr,
+            stride_page,
+            stride_row,
+            PAGE_SIZE,
+            HEAD_SIZE,
+        )
+        mask = targets < kept
+        rows = _rows_of(
+            targets, mask, start_ptr, block_table_ptr, stride_page, stride_row, PAGE_SIZE
+        )
+        mask_x = mask[:, None] & (columns < HEAD_SIZE)[None, :]
+        tl.store(x_ptr + rows[:, None] + columns[None, :], tile, mask=mask_x)
+        targets += ROWS
+        tile = next_tile
+
+
 @triton.jit(do_not_specialize=["num_kv_heads", "max_blocks"])
 def _compact_in_place_kernel(
     k_ptr,
@@ -285,44 +386,43 @@ def _compact_in_place_kernel(
     PAGE_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_SIZE_V: tl.constexpr,
-    D: tl.constexpr,
+    COLUMNS_K: tl.constexpr,
+    COLUMNS_V: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """All kept rows of one segment, tile by tile.
-
-    Kept positions ascend, so row j comes from a position >= j. A tile's sources are all read
-    before it is written (the barrier), and it writes only rows below those that later tiles read.
-    """
-    segment = tl.program_id(0).to(tl.int64)
+    """All kept rows of one segment, but COLUMNS of K or of V."""
+    SLICES_K: tl.constexpr = (HEAD_SIZE + COLUMNS_K - 1) // COLUMNS_K
+    segment, column = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first = tl.load(cu_kept_ptr + segment)
     kept = tl.load(cu_kept_ptr + segment + 1) - first
     seq, head = segment // num_kv_heads, segment % num_kv_heads
     if block_table_ptr is not None:
         block_table_ptr += seq * max_blocks
-    start = cu_seqlens_k_ptr + seq
-    k_ptr += head * stride_k_head
-    v_ptr += head * stride_v_head
-    dims = tl.arange(0, D)
-    for tile in range(0, kept, ROWS):
-        targets = tile + tl.arange(0, ROWS)
-        mask = targets < kept
-        mask_k = mask[:, None] & (dims < HEAD_SIZE)[None, :]
-        mask_v = mask[:, None] & (dims < HEAD_SIZE_V)[None, :]
-        positions = tl.load(indices_ptr + first.to(tl.int64) + targets, mask=mask, other=0)
-        rows = _rows_of(
-            positions, mask, start, block_table_ptr, stride_k_page, stride_k_row, PAGE_SIZE
+    if column < SLICES_K:
+        _move_to_front(
+            k_ptr + head * stride_k_head,
+            kept,
+            column * COLUMNS_K + tl.arange(0, COLUMNS_K),
+            indices_ptr + first,
+            cu_seqlens_k_ptr + seq,
+            block_table_ptr,
+            stride_k_page,
+            stride_k_row,
+            PAGE_SIZE,
+            HEAD_SIZE,
+            ROWS,
         )
-        k = tl.load(k_ptr + rows[:, None] + dims[None, :], mask=mask_k)
-        rows = _rows_of(
-            positions, mask, start, block_table_ptr, stride_v_page, stride_v_row, PAGE_SIZE
+    else:
+        _move_to_front(
+            v_ptr + head * stride_v_head,
+            kept,
+            (column - SLICES_K) * COLUMNS_V + tl.arange(0, COLUMNS_V),
+            indices_ptr + first,
+            cu_seqlens_k_ptr + seq,
+            block_table_ptr,
+            stride_v_page,
+            stride_v_row,
+            PAGE_SIZE,
+            HEAD_SIZE_V,
+            ROWS,
         )
-        v = tl.load(v_ptr + rows[:, None] + dims[None, :], mask=mask_v)
-        tl.debug_barrier()
-        rows = _rows_of(
-            targets, mask, start, block_table_ptr, stride_k_page, stride_k_row, PAGE_SIZE
-        )
-        tl.store(k_ptr + rows[:, None] + dims[None, :], k, mask=mask_k)
-        rows = _rows_of(
-            targets, mask, start, block_table_ptr, stride_v_page, stride_v_row, PAGE_SIZE
-        )
-        tl.store(v_ptr + rows[:, None] + dims[None, :], v, mask=mask_v)

@@ -26,10 +26,16 @@ from .validate import (
     padded,
 )
 
-__all__ = ["MAX_SEQLEN_Q", "DecodeLaunch", "append_kv", "decode_launch", "varlen_decode"]
+__all__ = [
+    "MAX_SEQLEN_Q",
+    "DecodeLaunch",
+    "append_kv",
+    "decode_launch",
+    "decode_workspace",
+    "varlen_decode",
+]
 
 MAX_SEQLEN_Q = 16
-MIN_SPLIT, MAX_SPLIT = 128, 2048  # keys: less is all latency, more leaves a tail at the end
 
 
 class DecodeLaunch(NamedTuple):
@@ -54,26 +60,27 @@ def decode_launch(
     max_seqlen_k: int,
     multiprocessors: int,
 ) -> DecodeLaunch:
-    """Splits of equal size, so that ragged lengths make long and short work even out.
+    """Splits of one size for all sequences, so that long and short ones of a batch even out.
 
-    About eight programs a multiprocessor, of which two to four run at once: fewer leave a tail,
-    more write more partial results than they gain.
+    Four programs a multiprocessor, so that a batch which fills a fraction of its capacity still
+    reaches all of them; but splits that are long enough for the partial results of their rows not
+    to matter beside the keys, and short enough for none to be left alone at the end.
     """
     rows = max_seqlen_q * group
-    block_m = max(16, min(64, triton.next_power_of_2(rows)))
-    if itemsize == 2:
-        block_n, num_stages = (64, 3) if head_size <= 128 else (32, 3)
-    else:
-        block_n, num_stages = (32, 2) if head_size <= 128 else (16, 2)
+    block_m = max(16, min(64 if head_size <= 128 else 32, triton.next_power_of_2(rows)))
     num_row_blocks = triton.cdiv(rows, block_m)
-    programs = max(num_seqs * num_kv_heads * num_row_blocks, 1)
-    splits = max(8 * multiprocessors // programs, 1)
-    split_size = triton.cdiv(triton.cdiv(max(max_seqlen_k, 1), splits), block_n) * block_n
-    split_size = min(max(split_size, MIN_SPLIT), MAX_SPLIT)
+    if itemsize == 2:
+        block_n, num_warps, num_stages = (64 if head_size <= 128 else 32), 4, 3
+    else:  # multiplied without matrix instructions: eight warps have the registers for it
+        block_n, num_warps, num_stages = (32 if head_size <= 128 else 16), 8, 2
+    total = max(max_seqlen_k, 1) * num_seqs * num_kv_heads * num_row_blocks
+    split_size = triton.cdiv(total, 4 * multiprocessors)
+    split_size = min(max(split_size, 4 * block_m), 64 * block_m)
+    split_size = triton.cdiv(split_size, block_n) * block_n
     return DecodeLaunch(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
-        num_warps=4,
+        num_warps=num_warps,
         num_stages=num_stages,
         num_row_blocks=num_row_blocks,
         num_splits=max(triton.cdiv(max_seqlen_k, split_size), 1),
@@ -119,7 +126,8 @@ def varlen_decode(
         block_table: `[num_seqs, max_blocks]` int32.
         return_softmax_lse: also return the log-sum-exp, `[num_heads, total_q]` fp32, natural log.
         out: `[total_q, num_heads, d_v]`, written where given.
-        workspace: fp32, of `workspace_size` elements at least; made where not given.
+        workspace: what `decode_workspace` makes for these arguments, or a larger one; for the
+            launches of one stream. Made where not given.
 
     Returns:
         `[total_q, num_heads, d_v]` of q's dtype. A row that sees no key is 0 with lse -inf.
@@ -128,20 +136,13 @@ def varlen_decode(
         ValueError: an argument that does not fit the others, by name.
         NotImplementedError: a dtype, head size or query length that is not supported.
     """
-    _validate(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, seqused_k, block_table, out)
+    _validate(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, window_size, seqused_k, block_table, out
+    )
     total_q, num_heads, d = q.shape
     num_kv_heads, d_v = v.shape[-2:]
-    num_seqs = cu_seqlens_q.shape[0] - 1
-    launch = decode_launch(
-        max(d, d_v),
-        q.element_size(),
-        num_heads // num_kv_heads,
-        num_kv_heads,
-        num_seqs,
-        max_seqlen_q,
-        max_seqlen_k,
-        num_multiprocessors(q.device),
-    )
+    num_seqs = cu_seqlens_q.numel() - 1
+    launch = _launch_for(q, v, num_seqs, max_seqlen_q, max_seqlen_k)
     paged = block_table is not None
     out = q.new_empty(total_q, num_heads, d_v) if out is None else out
     lse = None
@@ -149,20 +150,17 @@ def varlen_decode(
         lse = torch.empty(num_heads, total_q, dtype=torch.float32, device=q.device)
     num_rows, is_direct = total_q * num_heads, launch.num_splits == 1
     if not is_direct:
-        needed = workspace_size(total_q, num_heads, d_v, launch.num_splits)
+        needed = _workspace_size(launch, q, v)
         if workspace is None:
             workspace = torch.empty(needed, dtype=torch.float32, device=q.device)
-        enough = workspace.numel() >= needed and workspace.dtype == torch.float32
-        got = f"{workspace.numel()} elements of {workspace.dtype}"
-        expect(enough, "workspace", got, f"at least {needed} of torch.float32")
+        _validate_workspace(workspace, q, needed)
         partial_out, partial_lse = workspace, workspace[launch.num_splits * num_rows * d_v :]
 
     scale = d**-0.5 if softmax_scale is None else softmax_scale
     log2_e = math.log2(math.e)
     left, right = window_size[0], 0 if causal else window_size[1]
-    num_programs = launch.num_row_blocks * launch.num_splits
     with torch.cuda.device_of(q):  # the model may lie on several devices
-        _split_kernel[(num_programs, num_kv_heads, num_seqs)](
+        _split_kernel[(num_seqs * launch.num_row_blocks * num_kv_heads, launch.num_splits)](
             q_ptr=q,
             k_ptr=k,
             v_ptr=v,
@@ -176,9 +174,10 @@ def varlen_decode(
             softcap_log2=softcap * log2_e,
             window_left=left,
             window_right=right,
-            max_blocks=block_table.shape[1] if paged else 0,
+            max_blocks=0 if block_table is None else block_table.shape[1],
             num_rows=num_rows,
-            num_splits=launch.num_splits,
+            num_kv_heads=num_kv_heads,
+            num_row_blocks=launch.num_row_blocks,
             split_size=launch.split_size,
             stride_q_row=q.stride(0),
             stride_q_head=q.stride(1),
@@ -206,8 +205,8 @@ def varlen_decode(
             num_stages=launch.num_stages,
         )
     if not is_direct:
-        with torch.cuda.device_of(q):  # the model may lie on several devices
-            _combine_kernel[(num_heads, max_seqlen_q, num_seqs)](
+        with torch.cuda.device_of(q):
+            _combine_kernel[(num_seqs * num_heads, max_seqlen_q)](
                 partial_out_ptr=partial_out,
                 partial_lse_ptr=partial_lse,
                 cu_seqlens_q_ptr=cu_seqlens_q,
@@ -216,23 +215,65 @@ def varlen_decode(
                 out_ptr=out,
                 lse_ptr=lse,
                 num_rows=num_rows,
+                num_heads=num_heads,
+                num_splits=launch.num_splits,
                 split_size=launch.split_size,
                 stride_out_row=out.stride(0),
                 stride_out_head=out.stride(1),
                 HEAD_SIZE_V=d_v,
                 D_V=padded(d_v),
-                BLOCK_S=16,
-                num_warps=4,
+                BLOCK_S=64,
+                num_warps=8,
             )
     return (out, lse) if lse is not None else out
 
 
-def workspace_size(total_q: int, num_heads: int, d_v: int, num_splits: int) -> int:
-    """fp32 elements that varlen_decode wants: a partial row and its log-sum-exp for each split."""
-    return num_splits * total_q * num_heads * (d_v + 1)
+def decode_workspace(
+    q: Tensor, v: Tensor, num_seqs: int, max_seqlen_q: int, max_seqlen_k: int
+) -> Tensor:
+    """Memory for the partial results of varlen_decode with these shapes, fp32.
+
+    Only the shapes, dtype and device of q and v (as varlen_decode takes them) matter.
+    """
+    launch = _launch_for(q, v, num_seqs, max_seqlen_q, max_seqlen_k)
+    return torch.empty(_workspace_size(launch, q, v), dtype=torch.float32, device=q.device)
 
 
-def _validate(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, seqused_k, block_table, out):
+def _workspace_size(launch: DecodeLaunch, q: Tensor, v: Tensor) -> int:
+    """A row and its log-sum-exp for each split and (query row, head); none without splits."""
+    if launch.num_splits == 1:
+        return 0
+    return launch.num_splits * q.shape[0] * q.shape[1] * (v.shape[-1] + 1)
+
+
+def _launch_for(
+    q: Tensor, v: Tensor, num_seqs: int, max_seqlen_q: int, max_seqlen_k: int
+) -> DecodeLaunch:
+    num_kv_heads, d_v = v.shape[-2:]
+    return decode_launch(
+        max(q.shape[-1], d_v),
+        q.element_size(),
+        q.shape[1] // num_kv_heads,
+        num_kv_heads,
+        num_seqs,
+        max_seqlen_q,
+        max_seqlen_k,
+        num_multiprocessors(q.device),
+    )
+
+
+def _validate_workspace(workspace: Tensor, q: Tensor, needed: int) -> None:
+    expect_same_device(q=q, workspace=workspace)
+    dtype = workspace.dtype
+    expect(dtype == torch.float32, "workspace", f"dtype {dtype}", "torch.float32")
+    got = f"shape {tuple(workspace.shape)}, strides {workspace.stride()}"
+    fits = workspace.dim() == 1 and workspace.is_contiguous() and workspace.numel() >= needed
+    expect(fits, "workspace", got, f"one contiguous dimension of {needed} at least")
+
+
+def _validate(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, window_size, seqused_k, block_table, out
+):
     expect_same_device(
         q=q,
         k=k,
@@ -261,7 +302,9 @@ def _validate(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, seqused_k, bloc
         raise NotImplementedError(
             f"max_seqlen_q: got {max_seqlen_q}, expected at most {MAX_SEQLEN_Q}"
         )
-    num_seqs = cu_seqlens_q.shape[0] - 1
+    expect(len(window_size) == 2, "window_size", window_size, "(left, right)")
+    num_seqs = cu_seqlens_q.numel() - 1
+    expect(num_seqs >= 0, "cu_seqlens_q", "no elements", "num_seqs + 1 elements")
     expect_int32("cu_seqlens_q", cu_seqlens_q, (num_seqs + 1,))
     expect_int32("cu_seqlens_k", cu_seqlens_k, (num_seqs + 1,))
     if seqused_k is not None:

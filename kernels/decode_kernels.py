@@ -39,7 +39,9 @@ def _load_rows(
     return tl.load(rows)
 
 
-@triton.jit(do_not_specialize=["max_blocks", "num_rows", "num_splits", "split_size"])
+@triton.jit(
+    do_not_specialize=["max_blocks", "num_rows", "num_kv_heads", "num_row_blocks", "split_size"]
+)
 def _split_kernel(
     q_ptr,  # [total_q, num_heads, d]
     k_ptr,  # [total_k, num_kv_heads, d] or pages
@@ -56,7 +58,8 @@ def _split_kernel(
     window_right,
     max_blocks,
     num_rows,  # total_q * num_heads
-    num_splits,
+    num_kv_heads,
+    num_row_blocks,
     split_size,
     stride_q_row,
     stride_q_head,
@@ -83,11 +86,13 @@ def _split_kernel(
 ):
     """BLOCK_M (query row, head) pairs of one KV head over one split of its sequence's keys.
 
-    The grid is made for the capacity; what lies behind the live length exits at once.
+    The grid is made for the capacity; what lies behind the live length exits at once. Splits are
+    its slow axis: heads that share memory pages run together, and idle programs come last.
     """
-    row_block, split = tl.program_id(0) // num_splits, tl.program_id(0) % num_splits
-    head, seq = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    num_heads = tl.num_programs(1) * GROUP
+    split = tl.program_id(1)
+    head, rest = (tl.program_id(0) % num_kv_heads).to(tl.int64), tl.program_id(0) // num_kv_heads
+    row_block, seq = rest % num_row_blocks, (rest // num_row_blocks).to(tl.int64)
+    num_heads = num_kv_heads * GROUP
     start_q = tl.load(cu_seqlens_q_ptr + seq)
     n_q = tl.load(cu_seqlens_q_ptr + seq + 1) - start_q
     start_k = tl.load(cu_seqlens_k_ptr + seq)
@@ -203,7 +208,7 @@ def _split_kernel(
             tl.store(lse_ptr + row, lse, mask=live_rows)
 
 
-@triton.jit(do_not_specialize=["num_rows", "split_size"])
+@triton.jit(do_not_specialize=["num_rows", "num_heads", "num_splits", "split_size"])
 def _combine_kernel(
     partial_out_ptr,  # fp32 [num_splits, num_rows, d_v]
     partial_lse_ptr,  # fp32 [num_splits, num_rows], log2
@@ -213,6 +218,8 @@ def _combine_kernel(
     out_ptr,  # [total_q, num_heads, d_v]
     lse_ptr,  # [num_heads, total_q], natural log, or None
     num_rows,
+    num_heads,
+    num_splits,
     split_size,
     stride_out_row,
     stride_out_head,
@@ -221,15 +228,15 @@ def _combine_kernel(
     BLOCK_S: tl.constexpr,
 ):
     """One output row out of those of its live splits, in their order."""
-    token, seq = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    head, num_heads = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    token, seq = tl.program_id(1), (tl.program_id(0) // num_heads).to(tl.int64)
+    head = (tl.program_id(0) % num_heads).to(tl.int64)
     start_q = tl.load(cu_seqlens_q_ptr + seq)
     if token < tl.load(cu_seqlens_q_ptr + seq + 1) - start_q:
         if seqused_k_ptr is not None:
             n_k = tl.load(seqused_k_ptr + seq)
         else:
             n_k = tl.load(cu_seqlens_k_ptr + seq + 1) - tl.load(cu_seqlens_k_ptr + seq)
-        live = tl.cdiv(n_k, split_size)
+        live = tl.minimum(tl.cdiv(n_k, split_size), num_splits)
         q_row = (start_q + token).to(tl.int64)
         row = q_row * num_heads + head
         dims = tl.arange(0, D_V)
