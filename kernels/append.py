@@ -104,7 +104,7 @@ def append_kv(
             HEAD_SIZE=d,
             HEAD_SIZE_V=d_v,
             D=padded(max(d, d_v)),
-            BLOCK=16 if n * num_kv_heads <= 16 else 64,
+            BLOCK=16 if n * num_kv_heads <= 16 else 32,
             num_warps=4,
         )
 

@@ -67,7 +67,9 @@ def decode_launch(
     to matter beside the keys, and short enough for none to be left alone at the end.
     """
     rows = max_seqlen_q * group
-    block_m = max(16, min(64 if head_size <= 128 else 32, triton.next_power_of_2(rows)))
+    # At most what the registers hold, and 99 KiB of shared memory, which is all some GPUs have.
+    most = (128 if head_size <= 64 else 64) // itemsize
+    block_m = max(16, min(most, triton.next_power_of_2(rows)))
     num_row_blocks = triton.cdiv(rows, block_m)
     if itemsize == 2:
         block_n, num_warps, num_stages = (64 if head_size <= 128 else 32), 4, 3

@@ -42,7 +42,9 @@ END_TO_END = dict(
 
 def run(*command: str | Path, **more) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(ROOT), str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    # Benchmarks switch themselves off in a worker of xdist, and the child is none.
+    env = {k: x for k, x in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    env |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, **more)
 
 
