@@ -37,7 +37,7 @@ def vlcache_attention(
     """
     layer = getattr(key, "vlcache_layer", None)  # set by VLCacheLayer.update, a line before
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if layer is not None and (decoded := layer.attend(query, scale)) is not None:
+    if layer is not None and (decoded := layer.attend(query, key, value, scale)) is not None:
         return decoded, None
     prompt = prefilling.get()
     if layer is not None and prompt is not None and attention_mask is None and dropout == 0:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from math import isnan
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache
 
 from vlcache_triton import VLCacheConfig
 from vlcache_triton.backend import BackendName, get_backend
@@ -22,96 +21,22 @@ from vlcache_triton.ragged import RaggedCache
 from vlcache_triton.report import CompressionReport
 from vlcache_triton.streaming import StreamingCompressor
 
-from .support import check_config, layer_types
+from .layers import VLCacheLayer, WindowLayer
+from .support import check_config, layer_types, window_of
 
 if TYPE_CHECKING:
     from .graph import DecodeGraphs
+    from .windows import WindowRings
 
 MAX_HEAD_ROOM = 256  # rows reserved for new tokens at compression; a longer answer grows the pools
-
-
-class VLCacheLayer(DynamicLayer):
-    """A full-attention layer. The attention function finds it on the key tensor it is handed."""
-
-    is_croppable = False
-
-    def __init__(self, owner: VLCache, index: int) -> None:
-        super().__init__()
-        # Weakly, so that a cache that is dropped frees its memory at once.
-        self._owner = weakref.ref(owner)
-        self.index = index  # among the layers that are compressed
-
-    @property
-    def owner(self) -> VLCache:
-        """The cache that this is a layer of."""
-        owner = self._owner()
-        if owner is None:
-            raise RuntimeError("VLCacheLayer: its VLCache is gone, expected it to be kept alive")
-        return owner
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
-        """Store a step's K and V `[num_seqs, num_kv_heads, n, d]`; what to attend to comes back."""
-        owner = self.owner
-        if owner.ragged is not None:
-            owner.check_step(key_states.shape[2])
-            owner.ragged.append(self.index, key_states, value_states)
-            return _tagged(key_states, self), value_states
-        if owner.prompt is None:
-            raise RuntimeError(
-                "VLCache: got rows of a prompt that nobody announced, expected a forward pass"
-                " inside a vl_cache block"
-            )
-        if not owner.will_pack:
-            keys, values = super().update(key_states, value_states, *args, **kwargs)
-            return _tagged(keys, self), values
-        # Borrowed, not copied: compression soon takes what it keeps.
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        self.keys, self.values = key_states, value_states
-        return _tagged(key_states, self), value_states
-
-    def attend(self, query: Tensor, softmax_scale: float) -> Tensor | None:
-        """Attention over the compressed cache `[num_seqs, n, num_heads, d_v]`; None while dense."""
-        ragged = self.owner.ragged
-        return None if ragged is None else ragged.attend(self.index, query, softmax_scale)
-
-    def observe(self, query: Tensor, softmax_scale: float) -> None:
-        """Hand the prompt's K, V and query rows to compression, where there is to be any."""
-        owner = self.owner
-        if owner.will_pack:
-            assert self.keys is not None and self.values is not None
-            # By row, as projections and RoPE leave them behind: views.
-            k, v = (x.detach().transpose(1, 2).flatten(0, 1) for x in (self.keys, self.values))
-            self.keys = self.values = None
-            owner.compress_layer(k, v, query, softmax_scale)
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, not tokens kept: positions go on from here."""
-        return self.owner.num_seen if self.keys is None else super().get_seq_length()
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(0, 0) once compressed, for which the mask function makes no mask."""
-        is_ragged = self.owner.ragged is not None
-        return (0, 0) if is_ragged else (self.get_seq_length() + query_length, 0)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refused: compression cannot be rolled back."""
-        if tokens_to_remove != 0:
-            raise NotImplementedError(
-                f"crop: got {tokens_to_remove} tokens to remove, expected 0: a VLCache cannot be"
-                " rolled back"
-            )
-
-    def offload(self) -> None:
-        """Refused: what is left is small."""
-        raise NotImplementedError("VLCache: got an offloaded cache, expected one on the device")
 
 
 class VLCache(Cache):
     """A KV cache that compresses itself once, at the end of the prompt's forward pass.
 
-    Full-attention layers are compressed; sliding and chunked layers stay as Transformers makes
-    them. Use it inside `with vl_cache(model, ...)`, where each prompt finds its boundary; tokens
-    after the prompt (answers, later turns) are kept whole. At budget 1.0, and for prompts without
+    Full-attention layers are compressed; sliding and chunked layers keep their windows. Use it
+    inside `with vl_cache(model, ...)`, where each prompt finds its boundary; tokens after the
+    prompt (answers, later turns) are kept whole. At budget 1.0, and for prompts without
     post-vision rows, it is a dynamic cache.
 
     Args:
@@ -151,14 +76,15 @@ class VLCache(Cache):
         text_config = model_config.get_text_config(decoder=True)
         layers: list[Any] = []
         self._num_layers = 0  # of full attention
+        self._window_layers: list[WindowLayer] = []
+        self._window, self._is_chunked = window_of(text_config)
         for layer_type in layer_types(text_config):
             if layer_type == "full_attention":
                 layers.append(VLCacheLayer(self, self._num_layers))
                 self._num_layers += 1
-            elif layer_type == "sliding_attention":
-                layers.append(DynamicSlidingWindowLayer(text_config.sliding_window))
             else:
-                layers.append(DynamicSlidingWindowLayer(text_config.attention_chunk_size))
+                layers.append(WindowLayer(self, len(self._window_layers), self._window))
+                self._window_layers.append(layers[-1])
         super().__init__(layers=layers)
         self.config, self.policy = policy.configure(config or VLCacheConfig()), policy
         self.backend_name: BackendName = backend
@@ -170,6 +96,7 @@ class VLCache(Cache):
         self.prompt: Prompt | None = None
         self.plan: CompressionPlan | None = None
         self.ragged: RaggedCache | None = None
+        self.windows: WindowRings | None = None
         self.num_seen = 0  # tokens, while compressed
         self._step_rows = 0
         self._compressor: PromptCompressor | None = None
@@ -194,9 +121,9 @@ class VLCache(Cache):
         return self.will_compress and self.ragged is not None
 
     @property
-    def has_windows(self) -> bool:
-        """Whether some layers have a window, and so a cache of their own kind."""
-        return self._num_layers < len(self.layers)
+    def is_in_step(self) -> bool:
+        """Whether a forward pass over the compressed cache is running."""
+        return self._step_rows > 0
 
     def begin(self, prompt: Prompt) -> None:
         """Announce the prompt whose forward pass comes next; the cache must be empty."""
@@ -208,11 +135,15 @@ class VLCache(Cache):
         """Announce a forward pass of `num_rows` tokens a sequence over the compressed cache."""
         if self.ragged is not None:
             self.ragged.reserve(num_rows)
+            if self.windows is not None:
+                self.windows.advance(self.num_seen, num_rows)
             self._step_rows = num_rows
 
     def end_step(self) -> None:
         """Count the rows of the pass that was announced: once, for all layers."""
         if self.ragged is not None:
+            if self._window_layers and self.graphs is not None and self.windows is None:
+                self._make_rings(self.graphs)
             self.ragged.room -= self._step_rows
             self.num_seen += self._step_rows
             self._step_rows = 0
@@ -220,10 +151,12 @@ class VLCache(Cache):
     def take_back(self, num_rows: int) -> None:
         """Forget the last rows of every sequence: of steps that had run past the answer's end."""
         if num_rows > 0:
-            assert self.ragged is not None and not self.has_windows
+            assert self.ragged is not None
             self.ragged.seqused_k -= num_rows
             self.ragged.room += num_rows
             self.num_seen -= num_rows
+            if self.windows is not None:
+                self.windows.take_back(self.num_seen)
 
     def check_step(self, num_rows: int) -> None:
         """Refuse rows that nobody announced: the attention would not see the cache either."""
@@ -260,6 +193,16 @@ class VLCache(Cache):
             self.plan = plan
             self._report = self._make_report(plan, compressor.bytes_seen, self.ragged.nbytes)
 
+    def _make_rings(self, graphs: DecodeGraphs) -> None:
+        """Move what the prompt's pass has left in the window layers to where steps can read it."""
+        assert self.prompt is not None
+        rows: list[Any] = [(layer.keys, layer.values) for layer in self._window_layers]
+        shape = (self._window, self._is_chunked, len(rows), *rows[0])
+        self.windows = graphs.lend_windows(self, *shape)
+        self.windows.fill(rows, self.prompt.pads, self.num_seen)
+        for layer in self._window_layers:
+            layer.keys = layer.values = None
+
     def report(self) -> CompressionReport | None:
         """What compression did; None where nothing was compressed."""
         return self._report
@@ -270,10 +213,12 @@ class VLCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences of the batch, in this order."""
-        layers: list[Any] = self.layers
+        layers: list[Any] = self.layers if self.ragged is None else self._window_layers
+        if self.windows is not None:
+            self.windows.select_sequences(indices)
+            layers = []
         for layer in layers:
-            if self.ragged is None or not isinstance(layer, VLCacheLayer):
-                layer.batch_select_indices(indices)
+            layer.batch_select_indices(indices)
         if self.ragged is not None:
             self.ragged.select_sequences(indices)
 
@@ -312,13 +257,3 @@ class VLCache(Cache):
             bytes_after=bytes_before * int(plan.keep.sum()) // dense_rows,
             bytes_allocated=bytes_allocated,
         )
-
-
-def _tagged(key: Tensor, layer: VLCacheLayer) -> Tensor:
-    """A view of key that carries its cache layer to the attention function.
-
-    A view, as the layer holds the tensor itself: a tag on that would keep both alive in a cycle.
-    """
-    view = key.view_as(key)
-    view.vlcache_layer = layer  # type: ignore[attr-defined]
-    return view

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -22,7 +21,7 @@ from .attention import NAME, prefilling, register
 from .cache import MAX_HEAD_ROOM, VLCache
 from .generate import check_stopping, lean_loop, static_warpers
 from .graph import DecodeGraphs, graphed_forward
-from .support import check_generate, check_lean, check_mode, check_model, layer_types
+from .support import check_generate, check_lean, check_mode, check_model
 
 
 class Session:
@@ -114,8 +113,8 @@ def vl_cache(
         policy: what ranks tokens and shares the budget out (vlcache_triton.policies), to compare
             VL-Cache with its rivals.
         backend: "auto" is the Triton kernels on CUDA and the fp32 reference elsewhere.
-        cuda_graph: decode by replaying a captured step; default on CUDA. A model with
-            sliding-window layers decodes eagerly, with a warning.
+        cuda_graph: decode by replaying a captured step; default on CUDA. Where a capture fails,
+            decoding goes on eagerly, with a warning that says why.
         streaming: compress during prefill, where memory is short; the same result.
 
     Raises:
@@ -137,7 +136,7 @@ def vl_cache(
     text_config = model.config.get_text_config(decoder=True)
     if text_config._attn_implementation == NAME:
         raise ValueError("model: got one inside a vl_cache block already, expected another")
-    cuda_graph = _decide_cuda_graph(model, cuda_graph)
+    cuda_graph = model.device.type == "cuda" if cuda_graph is None else cuda_graph
     session = Session(model, config, policy, backend, cuda_graph, streaming)
     register()
     with ExitStack() as undo:
@@ -157,20 +156,6 @@ def vl_cache(
         undo.callback(setattr, text_config, "_attn_implementation_internal", previous)
         text_config._attn_implementation_internal = NAME
         yield session
-
-
-def _decide_cuda_graph(model: PreTrainedModel, cuda_graph: bool | None) -> bool:
-    """Whether to capture; a sliding window's cache is a new tensor at each step."""
-    wanted = model.device.type == "cuda" if cuda_graph is None else cuda_graph
-    types = set(layer_types(model.config.get_text_config(decoder=True)))
-    if wanted and types != {"full_attention"}:
-        warnings.warn(
-            f"cuda_graph: {type(model).__name__} has layers of types {sorted(types)}, and only"
-            " full attention can be captured; decoding eagerly",
-            stacklevel=4,
-        )
-        return False
-    return wanted
 
 
 def _override(model: PreTrainedModel, name: str, function: Any, undo: ExitStack) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     MinPLogitsWarper,
@@ -23,7 +22,8 @@ from .graph import DecodeGraphs, Loan, run_model
 
 # Warpers that look at the scores alone, so that a captured step may call them.
 STATIC_WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
-LAG = 4  # steps that the host runs ahead of what it has read back
+# Steps that the host runs ahead of what it has read back; window rings can take back 16.
+LAG = 4
 
 
 class TokenStep:
@@ -33,8 +33,6 @@ class TokenStep:
         position.
     finished: `[num_seqs]` bool, sequences that have met their end.
     penalised: `[num_seqs, vocab_size]` bool, tokens seen, where a repetition penalty is set.
-    attention_mask: `[num_seqs, tokens]`, where layers with a window must not see pads. It grows,
-        so such a step cannot be captured.
     """
 
     def __init__(
@@ -53,24 +51,16 @@ class TokenStep:
         self.position_ids = position_ids.contiguous().clone()
         self.finished = torch.zeros(num_seqs, dtype=torch.bool, device=device)
         self.penalised: Tensor | None = None
-        self.attention_mask: Tensor | None = None
         eos = config.eos_token_id
         eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
         pad = config.pad_token_id if config.pad_token_id is not None else (eos or [0])[0]
         self.eos = torch.tensor(eos, dtype=torch.long, device=device)
         self.pad = torch.tensor(pad, dtype=torch.long, device=device)
 
-    def start(
-        self,
-        position_ids: Tensor,
-        logits: Tensor,
-        seen: Tensor | None,
-        attention_mask: Tensor | None,
-    ) -> None:
+    def start(self, position_ids: Tensor, logits: Tensor, seen: Tensor | None) -> None:
         """Take the first token from the prompt's logits; position_ids are that token's, `seen` the
-        prompt's tokens as `penalised` has them, attention_mask the prompt's."""
+        prompt's tokens as `penalised` has them."""
         self.position_ids.copy_(position_ids)
-        self.attention_mask = attention_mask
         self.finished.zero_()
         if seen is not None:
             if self.penalised is None:
@@ -81,11 +71,7 @@ class TokenStep:
 
     def run(self) -> None:
         """Read a token, choose the next, and move on by one position."""
-        if self.attention_mask is not None:
-            self.attention_mask = F.pad(self.attention_mask, (0, 1), value=1)
-        output = run_model(
-            self.loan, self.forward, self.input_ids, self.position_ids, self.attention_mask
-        )
+        output = run_model(self.loan, self.forward, self.input_ids, self.position_ids)
         self.position_ids += 1
         self._choose(output.logits[:, -1])
 
@@ -172,16 +158,13 @@ def lean_loop(
         )
         step = graphs.step(cache, key, make)
         assert step is not None and isinstance(step.body, TokenStep)
-        # Windows hold pads, and cannot take back what ran too far; ragged layers are free of both.
-        attention_mask = kwargs.get("attention_mask") if cache.has_windows else None
-        lag = 0 if cache.has_windows else LAG
-        step.body.start(position_ids, logits, seen, attention_mask)
+        step.body.start(position_ids, logits, seen)
         del output, logits
         readback, tokens = Readback(step.body), []
         readback.push()
         num_launched, is_done = 1, False
         while (len(readback) or num_launched < num_new) and not is_done:
-            if len(readback) <= lag and num_launched < num_new:
+            if len(readback) <= LAG and num_launched < num_new:
                 cache.begin_step(1)
                 step.launch()
                 cache.end_step()

@@ -14,6 +14,7 @@ from torch import Tensor
 from vlcache_triton.ragged import RaggedCache
 
 from .cache import VLCache
+from .windows import WindowRings
 
 # What a decode forward may be given besides its token and position: of use to the prompt only.
 PROMPT_ONLY = {
@@ -44,6 +45,7 @@ class Loan:
 
     def __init__(self, ragged: RaggedCache, borrower: VLCache) -> None:
         self.ragged = ragged
+        self.windows: WindowRings | None = None
         self.steps: dict[Hashable, Step] = {}
         self.lend_to(borrower)
 
@@ -112,10 +114,24 @@ class DecodeGraphs:
         self._loans.append(Loan(RaggedCache(capacity, max_seqlen_k, *shape), borrower))
         return self._loans[-1].ragged
 
+    def lend_windows(self, borrower: VLCache, *shape: Any) -> WindowRings:
+        """Rings to go with the ragged cache that `borrower` has, kept for later prompts as well;
+        arguments as for WindowRings."""
+        loan = self._loan_of(borrower)
+        assert loan is not None
+        if loan.windows is None or not loan.windows.fits(*shape):
+            loan.windows = WindowRings(*shape)
+            loan.steps.clear()  # they read the rings from before
+        return loan.windows
+
+    def _loan_of(self, cache: VLCache) -> Loan | None:
+        loan = next((x for x in self._loans if x.borrower is cache), None)
+        return loan if loan is not None and loan.ragged is cache.ragged else None
+
     def step(self, cache: VLCache, key: Hashable, make: Callable[[Loan], StepBody]) -> Step | None:
         """The step called `key` over this cache, made where it is new; None without a loan."""
-        loan = next((x for x in self._loans if x.borrower is cache), None)
-        if loan is None or loan.ragged is not cache.ragged:
+        loan = self._loan_of(cache)
+        if loan is None:
             return None
         if key not in loan.steps:
             loan.steps[key] = Step(make(loan), self, loan.ragged)
@@ -166,17 +182,12 @@ class ForwardStep:
 
 
 def run_model(
-    loan: Loan,
-    forward: Callable[..., Any],
-    input_ids: Tensor,
-    position_ids: Tensor,
-    attention_mask: Tensor | None = None,
+    loan: Loan, forward: Callable[..., Any], input_ids: Tensor, position_ids: Tensor
 ) -> Any:
     """One decode forward over the loan's cache."""
     return forward(
         input_ids=input_ids,
         position_ids=position_ids,
-        attention_mask=attention_mask,
         past_key_values=loan.borrower,
         use_cache=True,
         return_dict=True,

@@ -75,6 +75,24 @@ def layer_types(text_config: PreTrainedConfig) -> list[str]:
     return list(types)
 
 
+def window_of(text_config: PreTrainedConfig) -> tuple[int, bool]:
+    """The tokens that layers with a window see, and whether these are chunks; (0, False) without.
+
+    Raises:
+        NotImplementedError: for a model with layers of both kinds.
+    """
+    types = set(layer_types(text_config)) - {"full_attention"}
+    if len(types) > 1:
+        raise NotImplementedError(f"model: got layers of types {sorted(types)}, expected one kind")
+    if not types:
+        return 0, False
+    is_chunked = types == {"chunked_attention"}
+    return (
+        text_config.attention_chunk_size if is_chunked else text_config.sliding_window,
+        is_chunked,
+    )
+
+
 def check_config(config: PreTrainedConfig) -> None:
     """Refuse models on which VL-Cache is not defined, as far as their configuration tells.
 

@@ -27,12 +27,9 @@ from vlcache_triton.integrations.transformers import VLCache, vl_cache
 from vlcache_triton.integrations.transformers import cache as cache_module
 from vlcache_triton.integrations.transformers.graph import MAX_LOANS, round_up
 
-WINDOWED = ("gemma3", "llama4")
-CAPTURED = [name for name in SUPPORTED if name not in WINDOWED]
-SOME = ["llava", "qwen2_5_vl", "qwen3_vl"]
+SOME = ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3"]
 SAMPLE = dict(GREEDY, do_sample=True, temperature=1.3, top_k=50)
 every_family = pytest.mark.parametrize("family", SUPPORTED, indirect=True)
-captured_families = pytest.mark.parametrize("family", CAPTURED, indirect=True)
 some_families = pytest.mark.parametrize("family", SOME, indirect=True)
 each_budget = pytest.mark.parametrize("budget", [1.0, 0.4])
 each_search = pytest.mark.parametrize("arguments", [GREEDY, SAMPLE], ids=["greedy", "sampled"])
@@ -40,14 +37,10 @@ each_search = pytest.mark.parametrize("arguments", [GREEDY, SAMPLE], ids=["greed
 
 @contextmanager
 def session_of(family, cuda_graph=True, **choices):
-    """A block that warns where, and only where, this family cannot be captured."""
-    warns = cuda_graph and family.name in WINDOWED
-    expectation = pytest.warns(UserWarning, match="cuda_graph") if warns else quiet()
+    """A block that does not warn: every family can be captured."""
     choices = dict(budget=0.4) | choices
-    with expectation as seen, vl_cache(family.model, cuda_graph=cuda_graph, **choices) as session:
+    with quiet(), vl_cache(family.model, cuda_graph=cuda_graph, **choices) as session:
         yield session
-    if warns:
-        assert len([w for w in seen if "cuda_graph" in str(w.message)]) == 1
 
 
 @contextmanager
@@ -77,12 +70,12 @@ def test_tokens_are_those_of_the_eager_path(family, budget, arguments):
     expected = eagerly(family, inputs, arguments, budget=budget)
     with session_of(family, budget=budget) as session:
         out = generate(family, inputs, arguments)
-        assert session.graphs.num_captures == (family.name not in WINDOWED)
+        assert session.graphs.num_captures == 1
     assert_same_run(out, expected, ORACLE_ATOL)
     assert type(out) is type(expected)
 
 
-@captured_families
+@every_family
 @each_budget
 def test_a_replay_needs_no_python_of_the_model(family, budget):
     """With sampling, and a second prompt in the first one's bucket that replays alone."""
@@ -224,8 +217,7 @@ def test_a_dialogue(family, budget):
         expected = dialogue(family, inputs, *turns)
     with session_of(family, budget=budget) as session, recorded_graphs(session):
         out = dialogue(family, inputs, *turns)
-        if family.name not in WINDOWED:
-            assert RecordedGraph.num_replays > 6 + 5
+        assert RecordedGraph.num_replays > 6 + 5
     for run, stock in zip(out, expected, strict=True):
         assert_same_run(run, stock, ORACLE_ATOL)
 
@@ -298,13 +290,12 @@ def test_a_loop_by_hand(family, position_ids):
         (expected,) = alternate(family, session, *arguments)
     with session_of(family) as session:
         (out,) = alternate(family, session, *arguments)
-        captured = position_ids and family.name not in WINDOWED
-        assert session.graphs.num_captures == captured
+        assert session.graphs.num_captures == position_ids
         assert session.cache.get_seq_length() == prompts[0]["input_ids"].shape[1] + 6
     torch.testing.assert_close(out, expected, atol=ORACLE_ATOL, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", *WINDOWED], indirect=True)
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3", "llama4"], indirect=True)
 @each_budget
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_a_cache_that_is_reset_serves_another_prompt(family, budget, cuda_graph):
@@ -356,7 +347,7 @@ def test_calls_that_ask_for_more_are_eager(family):
         assert session.graphs.num_captures == 0
 
 
-@pytest.mark.parametrize("family", [*SOME, "gemma3"], indirect=True)
+@pytest.mark.parametrize("family", SOME, indirect=True)
 @each_budget
 def test_beam_search(family, budget):
     inputs = family.inputs(LONG, SHORT)

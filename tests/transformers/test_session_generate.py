@@ -35,14 +35,13 @@ WARPERS = {
     "all": dict(WARM, top_k=40, top_p=0.9, min_p=0.01, repetition_penalty=1.3),
 }
 SOME = ["llava", "qwen2_5_vl", "gemma3"]
-WINDOWED = ("gemma3", "llama4")
 some_families = pytest.mark.parametrize("family", SOME, indirect=True)
 each_way = pytest.mark.parametrize("way", ["eager", "captured", "recorded"])
 
 
 def lean(family, inputs, arguments, way="eager", seed=0, warm=True, **choices):
     """Tokens of session.generate; recorded steps replay from the second prompt's first step on."""
-    captures = way != "eager" and family.name not in WINDOWED
+    captures = way != "eager"
     choices = dict(budget=0.4, cuda_graph=captures) | choices
     with (
         vl_cache(family.model, **choices) as session,
@@ -259,7 +258,6 @@ def test_a_second_turn_on_the_same_cache(family, loop, early, cuda_graph):
     if early:
         new = stock(family, inputs, arguments)[0, width:].tolist()
         arguments["eos_token_id"] = next(t for i, t in enumerate(new) if i > 4 and t not in new[:i])
-    cuda_graph = cuda_graph and family.name not in WINDOWED
 
     def converse(answer, session):
         cache = session.new_cache(max_new_tokens=64)
