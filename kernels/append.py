@@ -61,6 +61,7 @@ def append_kv(
     for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
         expect_float(name, x)
         expect_paged_or_packed(f"{name}_cache", cache, block_table is not None)
+        expect_float(f"{name}_cache", cache)
         expect(cache.dtype == x.dtype, f"{name}_cache", f"dtype {cache.dtype}", f"{x.dtype}")
         same = tuple(cache.shape[-2:]) == tuple(x.shape[-2:])
         expect(same, f"{name}_cache", f"shape {tuple(cache.shape)}", f"(..., {x.shape[-2:]})")
