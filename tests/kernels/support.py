@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 NO_PAGE = torch.iinfo(torch.int32).max  # fills unused block table entries: reading one crashes
+FRAME = 7.0  # what lies round a framed tensor
 
 
 @dataclass
@@ -44,13 +45,17 @@ def random_varlen(
     num_heads: int = 4,
     num_kv_heads: int = 2,
     d: int = 64,
+    d_v: int | None = None,
     dtype: torch.dtype = torch.float16,
     device: torch.device | str = "cpu",
     used: Sequence[int] | None = None,
     page_size: int | None = None,
     seed: int = 0,
 ) -> Varlen:
-    """Normal q, k and v. `used` gives live lengths below lengths_k; `page_size` makes pages."""
+    """Normal q, k and v. `used` gives live lengths below lengths_k; `page_size` makes pages.
+
+    d_v: head size of v, default d.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -58,7 +63,7 @@ def random_varlen(
 
     q = normal(sum(lengths_q), num_heads, d)
     k = normal(sum(lengths_k), num_kv_heads, d)
-    v = normal(sum(lengths_k), num_kv_heads, d)
+    v = normal(sum(lengths_k), num_kv_heads, d if d_v is None else d_v)
     cu_seqlens_k = cumulative(lengths_k, device)
     live = lengths_k if used is None else used
     for i, start in enumerate(cu_seqlens_k[:-1].tolist()):
@@ -106,6 +111,80 @@ def to_pages(x: Tensor, cu_seqlens: Tensor, block_table: Tensor, page_size: int)
     return pages.view(num_blocks, page_size, *x.shape[1:])
 
 
+def sequences(batch: Varlen) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The query rows, live keys and their values of each sequence, `[num_heads, n, d]`."""
+    q, k, v = batch.q, batch.k, batch.v
+    live = batch.cu_seqlens_k.diff() if batch.seqused_k is None else batch.seqused_k
+    for i, (start, end) in enumerate(pairwise(batch.cu_seqlens_q.tolist())):
+        rows = torch.arange(int(live[i]), device=q.device)
+        if batch.block_table is None:
+            rows += batch.cu_seqlens_k[i]
+        else:
+            pages, page_size = batch.block_table[i], k.shape[1]
+            rows = pages[rows // page_size].long() * page_size + rows % page_size
+        keys, values = (
+            x.reshape(-1, *x.shape[-2:])[rows]
+            .transpose(0, 1)
+            .repeat_interleave(q.shape[1] // x.shape[-2], 0)
+            for x in (k, v)
+        )
+        yield q[start:end].transpose(0, 1), keys, values
+
+
+def visible_keys(
+    n_q: int,
+    n_k: int,
+    causal: bool = True,
+    window_size: tuple[int, int] = (-1, -1),
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """`[n_q, n_k]` bool, the keys that each of the last n_q rows sees."""
+    rows = torch.arange(n_k - n_q, n_k, device=device)[:, None]
+    distance = torch.arange(n_k, device=device) - rows  # of a key behind the row's own
+    left, right = window_size[0], 0 if causal else window_size[1]
+    visible = torch.ones_like(distance, dtype=torch.bool)
+    if left >= 0:
+        visible &= distance >= -left
+    if right >= 0:
+        visible &= distance <= right
+    return visible
+
+
+def plain_attention(
+    batch: Varlen,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+) -> Tensor:
+    """`[total_q, num_heads, d_v]` by plain torch in the dtype of the inputs."""
+    scale = batch.q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    parts = [batch.q.new_empty(0, batch.q.shape[1], batch.v.shape[-1])]  # of no sequences
+    for q, k, v in sequences(batch):
+        hidden = ~visible_keys(q.shape[1], k.shape[1], causal, window_size, q.device)
+        logits = q @ k.mT * scale
+        if softcap > 0:
+            logits = torch.tanh(logits / softcap) * softcap
+        weights = logits.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0.0)
+        parts.append((weights @ v).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def framed(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy of x as a strided view into the middle of a larger tensor, and that tensor."""
+    frame = x.new_full([n + 2 for n in x.shape], FRAME)
+    inside = frame[tuple(slice(1, n + 1) for n in x.shape)]
+    return inside.copy_(x), frame
+
+
+def assert_frame_is_intact(frame: Tensor) -> None:
+    """Nothing round the tensor that `framed` made was written."""
+    border = frame.clone()
+    border[tuple(slice(1, n - 1) for n in frame.shape)] = FRAME
+    assert (border == FRAME).all()
+
+
 def assert_accurate(
     actual: Tensor, same_dtype: Tensor, expected: Tensor, *, floor: float = 1e-5
 ) -> None:
@@ -130,8 +209,16 @@ def assert_accurate(
     assert rms <= 2 * allowed_rms + floor, f"RMS error {rms:.3g}, plain torch {allowed_rms:.3g}"
 
 
+def bits(x: Tensor) -> Tensor:
+    """The bit patterns of x, which compare equal where NaN does not."""
+    if not x.is_floating_point():
+        return x
+    return x.view(torch.int16 if x.element_size() == 2 else torch.int32)
+
+
 def assert_identical(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     """Two lists or named tuples of tensors are equal, bit for bit."""
     for a, b in zip(actual, expected, strict=True):
         assert a.dtype == b.dtype
+        a, b = bits(a), bits(b)
         assert torch.equal(a, b), f"{int((a != b).sum())} of {a.numel()} entries differ"
