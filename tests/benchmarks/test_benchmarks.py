@@ -213,3 +213,14 @@ def test_a_part_that_runs_too_long_is_stopped_and_the_next_still_runs(tmp_path):
     assert done.returncode == 1, done.stderr
     assert "long: exit status 124" in done.stdout
     assert (tmp_path / "gpu_short.log").read_text() == "ran\n"
+
+
+def test_the_host_s_part_of_a_token():
+    """Every loop is timed, and a step that is taken out costs nothing: the lean loop does least."""
+    command = "import host_loop, json; print(json.dumps(host_loop.measure(60, (2,))))"
+    done = run(sys.executable, "-c", command, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = json.loads(done.stdout)
+    assert [x["processors"] for x in rows] == ["greedy", "sampled"]
+    for row in rows:
+        assert 0 < row["lean"] < row["stock"] and row["transformers"] > 0
