@@ -29,6 +29,7 @@ class Session:
 
     config: the choices of compression.
     cache: the VLCache of the latest prompt, None before the first.
+    generating: that of the `generate` that is running.
     graphs: the captured decode steps.
     """
 
@@ -44,6 +45,7 @@ class Session:
         self.model, self.config, self.policy, self.backend = model, config, policy, backend
         self.streaming = streaming
         self.cache: VLCache | None = None
+        self.generating: VLCache | None = None
         self.graphs = DecodeGraphs(model.device, can_capture=cuda_graph)
         self._packs_whole = cuda_graph
         self._forward = model.forward
@@ -140,7 +142,7 @@ def vl_cache(
     session = Session(model, config, policy, backend, cuda_graph, streaming)
     register()
     with ExitStack() as undo:
-        _override(model, "generate", _checked_generate(model), undo)
+        _override(model, "generate", _checked_generate(model, session), undo)
         _override(model, "generate_batch", _refuse_generate_batch, undo)
         prepare = _prepare_cache(model._prepare_cache_for_generation, session)
         _override(model, "_prepare_cache_for_generation", prepare, undo)
@@ -167,7 +169,7 @@ def _override(model: PreTrainedModel, name: str, function: Any, undo: ExitStack)
     setattr(model, name, function)
 
 
-def _checked_generate(model: PreTrainedModel) -> Any:
+def _checked_generate(model: PreTrainedModel, session: Session) -> Any:
     generate: Any = model.generate
 
     @functools.wraps(generate)
@@ -177,7 +179,13 @@ def _checked_generate(model: PreTrainedModel) -> Any:
             given = {"generation_config": args[0], **given}
         _check_cache(given.get("past_key_values"))
         check_generate(model, given)
-        return generate(inputs, *args, **kwargs)
+        try:
+            output = generate(inputs, *args, **kwargs)
+            # Guidance reads prompts of its own in between.
+            session.cache = session.generating or session.cache
+            return output
+        finally:
+            session.generating = None
 
     return checked
 
@@ -204,6 +212,7 @@ def _prepare_cache(original: Any, session: Session) -> Any:
             model_kwargs["past_key_values"] = session.new_cache(
                 generation_config.max_new_tokens or MAX_HEAD_ROOM
             )
+        session.generating = model_kwargs["past_key_values"]
         return original(generation_config, model_kwargs, generation_mode, *args, **kwargs)
 
     return prepare

@@ -151,10 +151,12 @@ def test_guidance_reads_an_unconditional_prompt_beside_the_other(family):
     arguments = dict(GREEDY, guidance_scale=1.5)
     with oracle.evicted(family, oracle.kept_tokens(family, inputs, config)):
         expected = family.model.generate(**inputs, **arguments)
-    with vl_cache(family.model, config):
+    with vl_cache(family.model, config) as session:
         out = family.model.generate(**inputs, **arguments)
     assert_same_run(out, expected, ORACLE_ATOL)
     assert out.past_key_values.is_compressed
+    assert session.cache is out.past_key_values
+    assert session.report().lengths == inputs["attention_mask"].sum(1).tolist()
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"], indirect=True)
