@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
+from vlcache_triton import reference
+
 NO_PAGE = torch.iinfo(torch.int32).max  # fills unused block table entries: reading one crashes
 FRAME = 7.0  # what lies round a framed tensor
+
+# The interpreter warns of what attention means: log2(0) where no key is seen, exp2 in the softcap.
+MEANT_INFINITIES = [
+    pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp2:RuntimeWarning"),
+]
 
 
 @dataclass
@@ -169,6 +180,46 @@ def plain_attention(
         weights = logits.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0.0)
         parts.append((weights @ v).transpose(0, 1))
     return torch.cat(parts)
+
+
+def run_decode(function: Any, batch: Varlen, **options: Any) -> Any:
+    """Either implementation on a batch; gives the log-sum-exp as well."""
+    return function(
+        batch.q,
+        batch.k,
+        batch.v,
+        batch.cu_seqlens_q,
+        batch.cu_seqlens_k,
+        batch.max_seqlen_q,
+        batch.max_seqlen_k,
+        **(batch.cache | {"return_softmax_lse": True} | options),
+    )
+
+
+def assert_decode_accurate(actual: Any, batch: Varlen, **options: Any) -> None:
+    """Output within twice the error of plain torch, log-sum-exp to fp32's precision."""
+    out, lse = actual
+    expected, expected_lse = run_decode(
+        reference.varlen_decode, replace(batch, q=batch.q.float()), **options
+    )
+    assert out.dtype == batch.q.dtype
+    assert_accurate(out, plain_attention(batch, **options), expected)
+    assert lse.dtype == torch.float32
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-4)
+
+
+def vast_zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """More elements than int32 can number; on the CPU, pages never touched take no memory."""
+    if device.type == "cpu":
+        size = torch.finfo(dtype).bits // 8
+        return torch.from_numpy(np.zeros(numel * size, np.uint8)).view(dtype)
+    needed = numel * torch.finfo(dtype).bits // 8
+    free, _ = torch.cuda.mem_get_info(device)
+    if free < needed + 2**30:
+        pytest.skip(
+            f"needs {needed / 2**30:.0f} GiB and some of GPU memory, {free / 2**30:.0f} are free"
+        )
+    return torch.zeros(numel, dtype=dtype, device=device)
 
 
 def framed(x: Tensor) -> tuple[Tensor, Tensor]:
