@@ -47,13 +47,12 @@ def test_a_compressed_run_equals_the_masked_full_cache(family, prompts):
     assert_compressed_run(family, inputs, config, session, out)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"], indirect=True)
-@every_batch
-def test_so_does_one_on_the_triton_kernels(family, prompts):
+@every_family
+def test_so_does_one_on_the_triton_kernels(family):
     """Three tokens: without a GPU the kernels run in Triton's interpreter."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = copy.deepcopy(family.model).to(device)
-    inputs = family.inputs(*prompts)
+    inputs = family.inputs(LONG, SHORT)
     config = VLCacheConfig(budget=0.4)
     with vl_cache(model, config, backend="triton") as session:
         on_device = {k: v.to(device) for k, v in inputs.items()}
