@@ -126,7 +126,6 @@ def test_nothing_is_left_after_the_session(wide):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_the_device_gets_its_memory_back(backend):
     """As the allocator counts it, after the prefill of 4,096 tokens."""
