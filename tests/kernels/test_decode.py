@@ -180,6 +180,7 @@ def test_more_splits_than_are_combined_at_once(device, monkeypatch) -> None:
     """Splits of the least size: 79 of the longest sequence, 64 and 1 of the others."""
     lengths = [5000, 4096, 63]
     batch = random_varlen([1, 1, 1], lengths, num_heads=2, num_kv_heads=1, d=16, device=device)
+    batch.k[4096:5000] *= 3  # so that the maximum rises behind the first 64
     monkeypatch.setattr(decode, "num_multiprocessors", lambda _: 1000)
     assert decode_workspace(batch.q, batch.v, 3, 1, 5000).numel() == 79 * 3 * 2 * 17
     assert_decode_accurate(run_decode(varlen_decode, batch), batch)
