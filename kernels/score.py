@@ -23,7 +23,14 @@ import triton
 from torch import Tensor
 
 from .score_kernels import _column_kernel, _combine_kernel, _row_kernel
-from .validate import expect, expect_float, expect_int32, expect_same_device, num_multiprocessors
+from .validate import (
+    expect,
+    expect_float,
+    expect_int32,
+    expect_same_device,
+    num_multiprocessors,
+    padded,
+)
 
 MAX_SPLITS = 128  # the combine kernel holds all splits of a row at once
 
@@ -123,11 +130,6 @@ def column_pass_launch(head_size: int, itemsize: int, group: int) -> ColumnPass:
         num_warps=num_warps,
         num_stages=3 if itemsize == 2 and head_size <= 128 else 2,
     )
-
-
-def padded(head_size: int) -> int:
-    """The head size as the tiles have it: a power of two that a matrix product takes."""
-    return max(16, triton.next_power_of_2(head_size))
 
 
 def post_vision_stats(
