@@ -54,7 +54,7 @@ def main() -> None:
     rows = floats(len(kept), NUM_HEADS // NUM_KV_HEADS, HEAD_SIZE)
     one = starts_of([1] * len(kept))
     for bound in (max(kept) + ROOM, 4096):  # in one piece, and split
-        out = varlen_decode(rows, *pools, one, pool_starts, 1, bound, seqused_k=used)
+        out = varlen_decode(rows, *pools, one, pool_starts, 1, bound, causal=True, seqused_k=used)
         assert out.isfinite().all()
 
     pages = [-(-n // PAGE_SIZE) for n in LENGTHS]
@@ -64,7 +64,7 @@ def main() -> None:
         row[: len(mine)] = mine
     k, v = (floats(sum(pages), PAGE_SIZE, NUM_KV_HEADS, HEAD_SIZE) for _ in range(2))
     post_vision_stats(q, k, starts_q, starts, ROWS, longest, block_table=table)
-    varlen_decode(q, k, v, starts_q, starts, ROWS, longest, block_table=table)
+    varlen_decode(q, k, v, starts_q, starts, ROWS, longest, causal=True, block_table=table)
     compact_kv_(k, v, starts, *selection, max_kept=max(kept), block_table=table)
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()

@@ -94,7 +94,9 @@ def case(layout: str, num_seqs: int, length: int, num_kv_heads: int) -> tuple[li
     first = make()
     inputs = [first, *(make() for _ in range(num_copies(kv_bytes(first)) - 1))]
     floats = [x.float() if x.is_floating_point() else x for x in first.args[:5]]
-    expected = reference.varlen_decode(*floats, 1, first.max_seqlen_k, seqused_k=first.seqused_k)
+    expected = reference.varlen_decode(
+        *floats, 1, first.max_seqlen_k, causal=True, seqused_k=first.seqused_k
+    )
     return inputs, expected
 
 
@@ -105,7 +107,7 @@ def kv_bytes(inputs: Inputs) -> int:
 
 def ours(x: Inputs) -> Callable[[], Tensor]:
     """varlen_decode, lengths on the device, workspace and output of each launch its own."""
-    return lambda: varlen_decode(*x.args, seqused_k=x.seqused_k)
+    return lambda: varlen_decode(*x.args, causal=True, seqused_k=x.seqused_k)
 
 
 def sdpa(backend: SDPBackend, x: Inputs) -> Callable[[], Tensor]:

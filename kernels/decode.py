@@ -100,7 +100,7 @@ def varlen_decode(
     max_seqlen_k: int,
     *,
     softmax_scale: float | None = None,
-    causal: bool = True,
+    causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     seqused_k: Tensor | None = None,
@@ -121,7 +121,8 @@ def varlen_decode(
             not given.
         max_seqlen_q, max_seqlen_k: host upper bounds of the lengths; the grid is made for them.
         softmax_scale: default 1 / sqrt(d).
-        causal: bottom-right aligned.
+        causal: bottom-right aligned. False by default, as in flash-attn: several rows that continue
+            their sequence want True; one row sees all keys either way.
         window_size: (left, right) keys visible round the aligned diagonal, -1 for no bound.
         softcap: logits become tanh(logits / softcap) * softcap where it is above 0.
         seqused_k: `[num_seqs]` int32, live keys of each sequence, on the device.

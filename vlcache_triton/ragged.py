@@ -162,6 +162,7 @@ class RaggedCache:
             n,
             self.max_seqlen_k,
             softmax_scale=softmax_scale,
+            causal=True,
             seqused_k=self.seqused_k[layer],
         )
         out = out.view(num_seqs, self.num_kv_heads, n, group, -1).transpose(1, 2)

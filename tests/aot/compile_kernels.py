@@ -173,7 +173,10 @@ def call_host_functions(case: Case) -> None:
     q = floats(num_segments, group, d)
     for longest in (length, 1):  # split, and direct
         decode.varlen_decode(
-            q, pool_k, pool_v, starts, starts, 1, longest, seqused_k=used, **pool_pages
+            *(q, pool_k, pool_v, starts, starts, 1, longest),
+            causal=True,
+            seqused_k=used,
+            **pool_pages,
         )
     if not case.paged:  # neither knows of dtypes or pages
         scores = torch.empty(32, NUM_KV_HEADS, num_seqs * length, device="meta")

@@ -183,7 +183,7 @@ def plain_attention(
 
 
 def run_decode(function: Any, batch: Varlen, **options: Any) -> Any:
-    """Either implementation on a batch; gives the log-sum-exp as well."""
+    """Either implementation on a batch, causal unless told; gives the log-sum-exp as well."""
     return function(
         batch.q,
         batch.k,
@@ -192,7 +192,7 @@ def run_decode(function: Any, batch: Varlen, **options: Any) -> Any:
         batch.cu_seqlens_k,
         batch.max_seqlen_q,
         batch.max_seqlen_k,
-        **(batch.cache | {"return_softmax_lse": True} | options),
+        **(batch.cache | {"causal": True, "return_softmax_lse": True} | options),
     )
 
 

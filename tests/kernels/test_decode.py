@@ -24,6 +24,7 @@ from support import (
     visible_keys,
 )
 
+from vlcache_triton import reference
 from vlcache_triton.kernels import decode
 from vlcache_triton.kernels.decode import (
     DecodeLaunch,
@@ -166,6 +167,16 @@ def test_options(device: torch.device, options: dict[str, Any]) -> None:
         device=device,
     )
     assert_decode_accurate(run_decode(varlen_decode, batch, **options), batch, **options)
+
+
+def test_causal_is_off_by_default(device: torch.device) -> None:
+    """As in flash-attn, which callers may have called before."""
+    batch = random_varlen([5], [40], device=device)
+    arguments = (batch.q, batch.k, batch.v, batch.cu_seqlens_q, batch.cu_seqlens_k, 5, 40)
+    for function in (varlen_decode, reference.varlen_decode):
+        off, on = (function(*arguments, causal=causal) for causal in (False, True))
+        assert torch.equal(function(*arguments), off)
+        assert torch.equal(off[-1], on[-1]) and not torch.equal(off[0], on[0])
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 1000])
