@@ -110,7 +110,10 @@ def append_kv(
         )
 
 
-@triton.jit(do_not_specialize=["n", "num_kv_heads", "max_blocks"])
+@triton.jit(
+    do_not_specialize=["n", "num_kv_heads", "max_blocks"],
+    do_not_specialize_on_alignment=["cu_seqlens_k_ptr", "seqused_k_ptr"],  # single elements
+)
 def _append_kernel(
     k_ptr,  # [num_seqs, n, num_kv_heads, d]
     v_ptr,  # [num_seqs, n, num_kv_heads, d_v]

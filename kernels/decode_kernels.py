@@ -39,8 +39,14 @@ def _load_rows(
     return tl.load(rows)
 
 
+# Of lengths, single elements are read: where a layer's part of a tensor starts is no reason to
+# compile anew.
+LENGTHS = ["cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_k_ptr"]
+
+
 @triton.jit(
-    do_not_specialize=["max_blocks", "num_rows", "num_kv_heads", "num_row_blocks", "split_size"]
+    do_not_specialize=["max_blocks", "num_rows", "num_kv_heads", "num_row_blocks", "split_size"],
+    do_not_specialize_on_alignment=LENGTHS,
 )
 def _split_kernel(
     q_ptr,  # [total_q, num_heads, d]
@@ -208,7 +214,10 @@ def _split_kernel(
             tl.store(lse_ptr + row, lse, mask=live_rows)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_heads", "num_splits", "split_size"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_heads", "num_splits", "split_size"],
+    do_not_specialize_on_alignment=LENGTHS,
+)
 def _combine_kernel(
     partial_out_ptr,  # fp32 [num_splits, num_rows, d_v]
     partial_lse_ptr,  # fp32 [num_splits, num_rows], log2

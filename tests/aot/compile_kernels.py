@@ -195,7 +195,8 @@ def specialise(launch: Launch) -> tuple[ASTSource, dict[str, int]]:
             signature[parameter.name], constants[place] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[parameter.name] = "*" + TYPES[value.dtype]
-            attributes[place] = [["tt.divisibility", 16]]  # as torch allocates
+            if not parameter.do_not_specialize_on_alignment:
+                attributes[place] = [["tt.divisibility", 16]]  # as torch allocates
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:

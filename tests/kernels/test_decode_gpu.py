@@ -235,7 +235,8 @@ def test_the_host_never_waits(device: torch.device, length: int) -> None:
 
 @pytest.mark.parametrize("page_size", [None, 16])
 def test_lengths_compile_nothing_new(device: torch.device, page_size: int | None) -> None:
-    """One variant that is direct and one that splits the keys, however long they are."""
+    """One variant that is direct and one that splits the keys, however long they are; and wherever
+    a layer's lengths begin in those of all layers."""
 
     def compiled() -> int:
         kernels = (decode_kernels._split_kernel, decode_kernels._combine_kernel)
@@ -244,6 +245,8 @@ def test_lengths_compile_nothing_new(device: torch.device, page_size: int | None
 
     def step(n: int) -> None:
         batch = random_varlen([1, 1], [n, 1], used=[n - 1, 0], page_size=page_size, device=device)
+        batch.seqused_k = torch.stack([batch.seqused_k] * 4).view(-1)[n % 3 :][:2]
+        batch.seqused_k.copy_(torch.tensor([n - 1, 0]))
         new = [
             torch.zeros(2, 1, *x.shape[-2:], dtype=HALF, device=device) for x in (batch.k, batch.v)
         ]
