@@ -15,9 +15,14 @@ from .validate import (
     expect_same_device,
 )
 
-ROWS = 32  # of a tile: 8 KiB of K and as much of V at d = 128 in two bytes
+TILE_BYTES = 8192  # of K, and as many of V: 32 registers a thread, so that many programs fit
 ROWS_IN_PLACE = 256  # of a tile of columns: 16 KiB, as only so many programs can run at once
 COLUMN_BYTES = 64  # what memory hands out at a time
+
+
+def tile_rows(head_size: int, itemsize: int) -> int:
+    """Rows of a tile out of place: as many as fill TILE_BYTES, for heads of any size."""
+    return max(TILE_BYTES // (triton.next_power_of_2(head_size) * itemsize), 1)
 
 
 def compact_kv(
@@ -80,8 +85,10 @@ def compact_kv(
         expect_int32("out_block_table", out_block_table, shape)
     if num_segments == 0 or max_kept <= 0:
         return
+    widest = max(k.shape[-1], v.shape[-1])
+    rows = tile_rows(widest, max(k.element_size(), v.element_size()))
     with torch.cuda.device_of(k):  # the model may lie on several devices
-        _compact_kernel[(num_segments, triton.cdiv(max_kept, ROWS))](
+        _compact_kernel[(num_segments, triton.cdiv(max_kept, rows))](
             **_source_arguments(k, v, cu_seqlens_k, indices, cu_kept, block_table),
             out_k_ptr=out_k,
             out_v_ptr=out_v,
@@ -93,8 +100,8 @@ def compact_kv(
             stride_out_v_page=0 if out_block_table is None else out_v.stride(0),
             stride_out_v_row=out_v.stride(-3),
             OUT_PAGE_SIZE=1 if out_block_table is None else out_k.shape[1],
-            D=triton.next_power_of_2(max(k.shape[-1], v.shape[-1])),
-            ROWS=ROWS,
+            D=triton.next_power_of_2(widest),
+            ROWS=rows,
             num_warps=4,
         )
 

@@ -24,7 +24,15 @@ def _rows_of(
     return rows
 
 
-@triton.jit(do_not_specialize=["num_kv_heads", "max_blocks", "out_max_blocks"])
+# Single elements are read of these, or runs that start anywhere: where a layer's part of a tensor
+# starts is no reason to compile anew.
+INTEGERS = ["cu_seqlens_k_ptr", "indices_ptr", "cu_kept_ptr", "block_table_ptr"]
+
+
+@triton.jit(
+    do_not_specialize=["num_kv_heads", "max_blocks", "out_max_blocks"],
+    do_not_specialize_on_alignment=[*INTEGERS, "cu_seqlens_out_ptr", "out_block_table_ptr"],
+)
 def _compact_kernel(
     k_ptr,
     v_ptr,
@@ -188,7 +196,9 @@ def _move_to_front(
         tile = next_tile
 
 
-@triton.jit(do_not_specialize=["num_kv_heads", "max_blocks"])
+@triton.jit(
+    do_not_specialize=["num_kv_heads", "max_blocks"], do_not_specialize_on_alignment=INTEGERS
+)
 def _compact_in_place_kernel(
     k_ptr,
     v_ptr,
