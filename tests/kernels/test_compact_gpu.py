@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kept import Case, assert_in_place, assert_out_of_place, pools, random_case
 from support import FRAME, cumulative
-from test_compact import Case, assert_in_place, assert_out_of_place, pools, random_case
 
 from vlcache_triton.kernels import compact
 from vlcache_triton.kernels.compact import compact_kv, compact_kv_
