@@ -70,3 +70,15 @@ def test_imports_point_down_only():
     for ours, other in (("transformers", "sglang"), ("sglang", "transformers")):
         for file in (ROOT / "integrations" / ours).rglob("*.py"):
             assert f"integrations.{other}" not in file.read_text(), file
+
+
+def test_the_package_is_imported_without_torch():
+    """What it offers comes when it is asked for; an unknown name is an error as ever."""
+    code = (
+        "import sys, vlcache_triton; assert 'torch' not in sys.modules;"
+        "assert {'VLCacheConfig', 'layer_budgets', '__version__'} <= set(dir(vlcache_triton));"
+        "assert not hasattr(vlcache_triton, 'nothing');"
+        "from vlcache_triton import VLCacheConfig, layer_budgets;"
+        "print(VLCacheConfig().budget, layer_budgets.__name__)"
+    )
+    assert run_python(code, ROOT) == "0.1 layer_budgets"

@@ -11,7 +11,8 @@ import vlcache_triton.cli
 def test_help_names_the_commands_and_loads_no_model_library():
     code = (
         "import sys; from vlcache_triton.cli import main; sys.argv = ['vlcache', '--help'];"
-        "assert main() == 0; print([m for m in ('transformers', 'PIL', 'matplotlib', 'triton')"
+        "assert main() == 0;"
+        "print([m for m in ('torch', 'transformers', 'PIL', 'matplotlib', 'triton')"
         " if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -18,6 +18,7 @@ from vlcache_triton.plan import CompressionPlan
 from .grids import ImageGrid
 
 COLUMNS = 4  # of a page of small pictures
+KEPT = "bright: kept by every KV head{of}; dark: evicted by every one"
 
 
 def draw_report(
@@ -51,13 +52,17 @@ def draw_report(
         page = grid.pixels if grid.pixels is not None else _pixels(fallback)
         lit = kept[:, grid.positions]  # [num_layers, rows, columns]
         share = f"{lit.mean():.0%} of this image's tokens kept"
-        paths.append(_draw_maps(folder / f"kept-{i}.png", page, lit.mean(0)[None], [share]))
+        caption = KEPT.format(of=" of every layer")
+        path = folder / f"kept-{i}.png"
+        paths.append(_draw_maps(path, page, lit.mean(0)[None], [share], caption))
         titles = [f"layer {n}: {x.mean():.0%}" for n, x in zip(layers, lit, strict=True)]
-        paths.append(_draw_maps(folder / f"layers-{i}.png", page, lit, titles))
+        path = folder / f"layers-{i}.png"
+        paths.append(_draw_maps(path, page, lit, titles, KEPT.format(of="")))
         heat = ranking[grid.positions]
         heat = heat / heat.max().clamp(min=1e-12)
-        title = "score, mean over layers and heads"
-        paths.append(_draw_maps(folder / f"scores-{i}.png", page, heat[None], [title]))
+        title, caption = "score, mean over layers and heads", "bright: the highest; dark: none"
+        path = folder / f"scores-{i}.png"
+        paths.append(_draw_maps(path, page, heat[None], [title], caption))
     return paths
 
 
@@ -87,7 +92,7 @@ def light(page: Tensor, weights: Tensor) -> Tensor:
     return page * (cold + mask * (warm - cold))
 
 
-def _draw_maps(path: Path, page: Tensor, maps: Tensor, titles: Sequence[str]) -> Path:
+def _draw_maps(path: Path, page: Tensor, maps: Tensor, titles: Sequence[str], caption: str) -> Path:
     columns = min(COLUMNS, len(maps))
     rows = ceil(len(maps) / columns)
     side = 6.0 if len(maps) == 1 else 3.2
@@ -99,6 +104,7 @@ def _draw_maps(path: Path, page: Tensor, maps: Tensor, titles: Sequence[str]) ->
     for axis, weights, title in zip(axes.flat, maps, titles, strict=False):
         axis.imshow(light(page, weights).numpy())
         axis.set_title(title, fontsize=10)
+    figure.supxlabel(caption, fontsize=9)
     figure.savefig(path, dpi=110)
     return path
 
@@ -112,7 +118,9 @@ def _draw_budgets(path: Path, plan: CompressionPlan, layers: Sequence[int]) -> P
     top.set_ylim(0, 1)
     kept = plan.keep[:, 0] / plan.prompt.lengths[0]
     bottom.bar(names, kept.tolist(), color="#d9a521")
-    bottom.axhline(float(kept.mean()), color="black", linewidth=0.8, linestyle="--")
+    mean = float(kept.mean())
+    bottom.axhline(mean, color="black", linewidth=0.8, linestyle="--", label=f"mean {mean:.0%}")
+    bottom.legend(fontsize=8)
     bottom.set_ylabel("kept share")
     bottom.set_xlabel("layer")
     figure.savefig(path, dpi=110)
