@@ -61,7 +61,7 @@ def test_kept_share_is_that_of_heads(policy: str, budget: float) -> None:
 
 
 def test_several_sequences_are_refused() -> None:
-    with pytest.raises(ValueError, match="^plan: got 2 sequences"):
+    with pytest.raises(ValueError, match=r"^plan: got 2 sequences"):
         kept_share(plan_of(num_seqs=2))
 
 
