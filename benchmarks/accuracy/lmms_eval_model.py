@@ -80,7 +80,7 @@ class VLCache(lmms):
         policies = {p.name: p for p in POLICIES} | {TUNED: VL_CACHE}
         if policy not in policies:
             raise ValueError(f"policy: got {policy!r}, expected one of {sorted(policies)}")
-        self.policy = policies[policy]
+        self.name, self.policy = policy, policies[policy]
         configure = VLCacheConfig.tuned if policy == TUNED else VLCacheConfig
         self.config = configure(budget=budget, **choices)
         try:
@@ -128,7 +128,7 @@ class VLCache(lmms):
             mean = sum(self.kept_shares) / len(self.kept_shares)
             logger.info(
                 f"vlcache: kept {mean:.4f} of the prompts' KV bytes, the mean of"
-                f" {len(self.kept_shares)} prompts (policy {self.policy.name}, {self.config})"
+                f" {len(self.kept_shares)} prompts (policy {self.name}, budget {self.config.budget})"
             )
         return answers
 
