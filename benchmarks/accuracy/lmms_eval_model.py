@@ -128,7 +128,8 @@ class VLCache(lmms):
             mean = sum(self.kept_shares) / len(self.kept_shares)
             logger.info(
                 f"vlcache: kept {mean:.4f} of the prompts' KV bytes, the mean of"
-                f" {len(self.kept_shares)} prompts (policy {self.name}, budget {self.config.budget})"
+                f" {len(self.kept_shares)} prompts"
+                f" (policy {self.name}, budget {self.config.budget})"
             )
         return answers
 
