@@ -1,146 +1,176 @@
-"""A model of lmms-eval that answers from caches compressed by any policy to any budget."""
+"""A model of lmms-eval (0.7.3) that answers from compressed caches.
+
+    pip install 'vlcache-triton[transformers]' lmms-eval
+    python -m lmms_eval --model vlcache \\
+        --model_args pretrained=llava-hf/llava-v1.6-mistral-7b-hf,budget=0.1,policy=snapkv \\
+        --tasks docvqa_val --limit 250
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lmms_eval.api.model import lmms
+from loguru import logger
 from PIL import Image
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlcache_triton import VLCacheConfig
-from vlcache_triton.cli.console import UserError
-from vlcache_triton.cli.vlm import VisionLanguageModel
+from vlcache_triton.formreader import chat
 from vlcache_triton.integrations.transformers import vl_cache
-from vlcache_triton.policies import POLICIES, VL_CACHE, Policy
+from vlcache_triton.policies import POLICIES, VL_CACHE
 
-IMAGE_MARK = "<image>"  # where tasks say that an image goes; ours go first
-MAX_NEW_TOKENS = 1024  # where the task does not say
-GENERATION = ("temperature", "top_p", "num_beams", "do_sample")
+TUNED = "tuned"
+SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+MAX_NEW_TOKENS = 1024  # where a task names none, as lmms-eval's own models have it
 
 
 class VLCacheModel(lmms):
-    """A vision-language model of Transformers, one prompt at a time.
+    """A model of the hub that answers from a compressed cache; greedily, unless a task samples.
+
+    Prompts are one user turn, the images first, in the processor's own chat template.
 
     Args:
-        pretrained: on the hub, or a folder; the embedded form reader where not given.
-        budget: share of the KV cache to keep, in (0, 1].
-        policy: by its name in vlcache_triton.policies, or "tuned", VLCacheConfig.tuned().
-        batch_size: 1.
-        device: what lmms-eval was started with; the model is on the GPU where there is one.
+        pretrained: a model on the hub, or a folder; its code is never run.
+        budget: of VLCacheConfig: a share such as 0.1 or 1.0, or, as a whole number, tokens a layer.
+        policy: a name of vlcache_triton.policies.POLICIES, or "tuned", VLCacheConfig.tuned().
+        revision: of the model on the hub.
+        dtype: a dtype of torch by name, or "auto", the checkpoint's.
+        device: of the model; CUDA where there is one.
+        batch_size: 1; prompts are read one by one.
+        max_batch_size: lmms-eval hands it over; of no effect.
+        choices: further fields of VLCacheConfig, such as allocation=uniform.
 
     Raises:
-        ValueError: naming the argument, and for a model that cannot be loaded.
-        NotImplementedError: for several processes.
+        ValueError: naming the argument, what was got and what was expected.
+        NotImplementedError: in one of several processes, and for models that vl_cache refuses.
     """
-
-    is_simple = True
 
     def __init__(
         self,
-        pretrained: str | None = None,
-        budget: float = 0.1,
-        policy: str = "vl_cache",
-        batch_size: int | str = 1,
+        pretrained: str,
+        budget: float | int = 0.1,
+        policy: str = VL_CACHE.name,
+        revision: str = "main",
+        dtype: str = "auto",
         device: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        **choices: Any,
     ) -> None:
         super().__init__()
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise NotImplementedError("WORLD_SIZE: got several processes, expected one")
         if str(batch_size) != "1":
             raise ValueError(f"batch_size: got {batch_size!r}, expected 1")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise NotImplementedError("vlcache: got several processes, expected one")
-        self.cache_config, self.policy = choices(policy, budget)
+        if dtype != "auto" and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+            raise ValueError(f"dtype: got {dtype!r}, expected 'auto' or a dtype of torch")
+        fields = [field.name for field in dataclasses.fields(VLCacheConfig)]
+        for name in choices:
+            if name not in fields:
+                raise ValueError(f"{name}: got an unknown argument, expected one of {fields}")
+        policies = {p.name: p for p in POLICIES} | {TUNED: VL_CACHE}
+        if policy not in policies:
+            raise ValueError(f"policy: got {policy!r}, expected one of {sorted(policies)}")
+        self.name, self.policy = policy, policies[policy]
+        configure = VLCacheConfig.tuned if policy == TUNED else VLCacheConfig
+        self.config = configure(budget=budget, **choices)
         try:
-            self.vlm = VisionLanguageModel(pretrained)
-        except UserError as error:
-            raise ValueError(str(error).replace("model:", "pretrained:", 1)) from error
-        if device is not None and torch.device(device).type != self.vlm.device:
-            raise ValueError(f"device: got {device!r}, expected {self.vlm.device!r}")
-        self.num_prompts = self.bytes_before = self.bytes_after = 0
+            self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except RuntimeError as error:
+            raise ValueError(f"device: got {device!r}, expected a device of torch") from error
+        source = {"revision": revision, "trust_remote_code": False}
+        try:
+            self.processor = AutoProcessor.from_pretrained(pretrained, **source)
+            model = AutoModelForImageTextToText.from_pretrained(pretrained, dtype=dtype, **source)
+        except (OSError, ValueError, ImportError) as error:
+            message = f"pretrained: got {pretrained!r}, expected an image-and-text model: {error}"
+            raise ValueError(message) from error
+        if not getattr(self.processor, "chat_template", None):
+            raise ValueError(f"pretrained: got {pretrained!r}, expected one with a chat template")
+        self.model = model.eval().to(self._device)
+        with vl_cache(self.model, self.config, policy=self.policy):
+            pass  # a model that it refuses is refused before any data is fetched
+        self.kept_shares: list[float] = []  # of the K and V bytes of each prompt so far
 
     @property
-    def kept_share(self) -> float:
-        """Of the K and V bytes of all prompts so far that were compressed; NaN without any."""
-        return self.bytes_after / self.bytes_before if self.bytes_before else float("nan")
+    def device(self) -> torch.device:
+        return self._device
 
-    def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """An answer to each request, whose arguments are the context, generation options, where
-        the document's images come from, and which document it is.
-
-        Raises:
-            NotImplementedError: for visuals that are not images.
-        """
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """The answers, in the order of the requests, each cut before the first of its `until`."""
         answers = []
-        with vl_cache(self.vlm.model, self.cache_config, policy=self.policy) as session:
-            for request in requests:
+        with vl_cache(self.model, self.config, policy=self.policy) as session:
+            for request in tqdm(requests, desc="answering"):
                 context, options, doc_to_visual, doc_id, task, split = request.args
-                images = _images(doc_to_visual(self.task_dict[task][split][doc_id]))
-                inputs = self.vlm.encode(images, context.replace(IMAGE_MARK, "").strip())
-                session.cache = None
-                tokens = self.vlm.model.generate(**inputs, **_generation(options))
-                new = tokens[0, inputs["input_ids"].shape[1] :]
-                text = self.vlm.processor.decode(new, skip_special_tokens=True).strip()
-                answers.append(_until(text, options.get("until")))
-                self.cache_hook.add_partial("generate_until", (context, options), answers[-1])
+                images = doc_to_visual(self.task_dict[task][split][doc_id])
+                generation, until = _generation(options)
+                inputs = self.encode(images, context)
+                tokens = self.model.generate(**inputs, **generation)
                 report = session.report()
-                if report is not None:
-                    self.num_prompts += 1
-                    self.bytes_before += report.bytes_before
-                    self.bytes_after += report.bytes_after
-        print(
-            f"vlcache: {self.policy.name} at {self.cache_config.budget:g} kept"
-            f" {self.kept_share:.1%} of the KV cache of {self.num_prompts} prompts",
-            file=sys.stderr,
-        )
+                share = 1.0 if report is None else report.bytes_after / report.bytes_before
+                self.kept_shares.append(share)
+                new = tokens[0, inputs["input_ids"].shape[1] :]
+                answer = self.processor.decode(new, skip_special_tokens=True)
+                for stop in until:
+                    answer = answer.partition(stop)[0]
+                answers.append(answer.strip())
+                self.cache_hook.add_partial("generate_until", (context, options), answers[-1])
+        if self.kept_shares:
+            mean = sum(self.kept_shares) / len(self.kept_shares)
+            logger.info(
+                f"vlcache: kept {mean:.4f} of the prompts' KV bytes, the mean of"
+                f" {len(self.kept_shares)} prompts"
+                f" (policy {self.name}, budget {self.config.budget})"
+            )
         return answers
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Refused: likelihoods are read off a prefill, which compression does not change."""
-        raise NotImplementedError("loglikelihood: got such a task, expected one that generates")
+    def encode(self, images: list[Any], context: str) -> Any:
+        """One user turn, images first, as the inputs of `generate`, on the model's device."""
+        for image in images:
+            if not isinstance(image, Image.Image):
+                raise NotImplementedError(
+                    f"doc_to_visual: got {type(image).__name__}, expected images (PIL)"
+                )
+        mark = getattr(self.processor, "image_token", None)
+        if mark and mark in context:
+            raise NotImplementedError(f"context: got {mark} in it, expected none: images go first")
+        inputs = self.processor.apply_chat_template(
+            chat([image.convert("RGB") for image in images], [context]),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        return inputs.to(self._device, dtype=self.model.dtype)
 
-    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Refused: images of later rounds are not compressed."""
-        raise NotImplementedError("generate_until_multi_round: got such a task, expected one round")
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        raise NotImplementedError(
+            "loglikelihood: scores a given text from the prefill, which is not compressed;"
+            " expected a task that generates (generate_until)"
+        )
 
-
-def choices(policy: str, budget: float) -> tuple[VLCacheConfig, Policy]:
-    """The configuration and the policy of these names.
-
-    Raises:
-        ValueError: for a name that is not known, or a budget out of range.
-    """
-    policies = {p.name: p for p in POLICIES}
-    if policy == "tuned":
-        return VLCacheConfig.tuned(budget=float(budget)), VL_CACHE
-    if policy not in policies:
-        raise ValueError(f"policy: got {policy!r}, expected one of {[*policies, 'tuned']}")
-    return VLCacheConfig(budget=float(budget)), policies[policy]
-
-
-def _images(visuals: Sequence[Any] | None) -> list[Image.Image]:
-    images = list(visuals or [])
-    for image in images:
-        if not isinstance(image, Image.Image):
-            raise NotImplementedError(f"visuals: got {type(image).__name__}, expected images")
-    return [image.convert("RGB") for image in images]
-
-
-def _generation(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of a task as `generate` takes them: greedy, where no temperature is set."""
-    found = {k: options[k] for k in GENERATION if options.get(k) is not None}
-    if not found.get("temperature"):
-        found = {k: x for k, x in found.items() if k == "num_beams"} | {"do_sample": False}
-    else:
-        found.setdefault("do_sample", True)
-    return {"max_new_tokens": options.get("max_new_tokens", MAX_NEW_TOKENS), **found}
+    def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
+        raise NotImplementedError(
+            "generate_until_multi_round: expected a task of one round (generate_until)"
+        )
 
 
-def _until(text: str, until: str | Sequence[str] | None) -> str:
-    """The text up to the first of the strings that end it."""
-    for end in [until] if isinstance(until, str) else until or []:
-        if end:
-            text = text.split(end)[0]
-    return text.strip()
+def _generation(options: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A task's generation_kwargs as (arguments of `generate`, texts to stop at)."""
+    arguments = {"max_new_tokens": MAX_NEW_TOKENS, "num_beams": 1, **options}
+    until = arguments.pop("until", None) or []
+    until = [until] if isinstance(until, str) else until
+    if not isinstance(until, list) or not all(isinstance(x, str) and x for x in until):
+        raise ValueError(f"until: got {until!r}, expected a text or a list of texts")
+    temperature = arguments.get("temperature")
+    samples = bool(arguments.get("do_sample", temperature)) and temperature != 0
+    arguments["do_sample"] = samples
+    if not samples:  # what tasks write beside do_sample: false would only raise warnings
+        for name in SAMPLING:
+            arguments.pop(name, None)
+    return arguments, until

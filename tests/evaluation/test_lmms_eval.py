@@ -1,12 +1,14 @@
 """The lmms-eval model answers as `model.generate` does inside `vl_cache`.
 
 lmms-eval pulls a CUDA torch and a hundred packages, so that stand-ins are imported in its place:
-the few names of lmms-eval 0.7.3 that the script touches, with the signatures they have there.
+the few names of lmms-eval 0.7.3 that the model touches, with the signatures they have there.
 """
 
 import importlib
 import inspect
+import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -19,7 +21,7 @@ from vlcache_triton.formreader.model import WEIGHTS
 from vlcache_triton.integrations.transformers import vl_cache
 from vlcache_triton.policies import VL_CACHE, snapkv
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "accuracy"
+MODULE = "vlcache_triton.integrations.lmms_eval.model"
 TASK, SPLIT, MAX_NEW_TOKENS = "forms", "test", 9
 
 
@@ -47,16 +49,6 @@ class Lmms:
         raise AssertionError("the tests hand the arguments over themselves")
 
 
-class Registry:
-    """lmms_eval.models.registry_v2.ModelRegistryV2"""
-
-    def __init__(self) -> None:
-        self.manifests = {}
-
-    def register_manifest(self, manifest, *, overwrite=False) -> None:
-        self.manifests[manifest.model_id] = manifest
-
-
 def manifest(model_id, simple_class_path=None, chat_class_path=None, aliases=()):
     return SimpleNamespace(model_id=model_id, simple_class_path=simple_class_path)
 
@@ -68,28 +60,23 @@ def module(name, **members):
 
 
 @pytest.fixture(scope="module")
-def script():
-    """(the script's module, what it logged, the registry, how often lmms-eval was started)"""
-    logged, started, registry = [], [], Registry()
+def lmms_model():
+    """(the model's module, what it logged)"""
+    logged = []
     stand_ins = [
         module("lmms_eval"),
         module("lmms_eval.api"),
         module("lmms_eval.api.model", lmms=Lmms),
-        module("lmms_eval.cli"),
-        module("lmms_eval.cli.dispatch", main=lambda: started.append(True)),
-        module("lmms_eval.models", MODEL_REGISTRY_V2=registry),
+        module("lmms_eval.models"),
         module("lmms_eval.models.registry_v2", ModelManifest=manifest),
         module("loguru", logger=SimpleNamespace(info=logged.append)),
     ]
     with pytest.MonkeyPatch.context() as patch:
         for stand_in in stand_ins:
             patch.setitem(sys.modules, stand_in.__name__, stand_in)
-        patch.syspath_prepend(str(FOLDER))
-        patch.delitem(sys.modules, "lmms_eval_model", raising=False)
         patch.delenv("WORLD_SIZE", raising=False)
-        found = importlib.import_module("lmms_eval_model")
-        yield SimpleNamespace(module=found, logged=logged, registry=registry, started=started)
-        del sys.modules["lmms_eval_model"]
+        yield SimpleNamespace(module=importlib.import_module(MODULE), logged=logged)
+        del sys.modules[MODULE]
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +89,8 @@ def forms():
     ]
 
 
-def make(script, **arguments):
-    return script.module.VLCache(
+def make(lmms_model, **arguments):
+    return lmms_model.module.VLCacheModel(
         **{"pretrained": str(WEIGHTS), "dtype": "float32", "device": "cpu", **arguments}
     )
 
@@ -146,9 +133,9 @@ def expected(form_reader, docs, config, policy=VL_CACHE):
     ],
 )
 def test_answers_are_those_of_generate_within_vl_cache(
-    script, form_reader, forms, arguments, config, policy
+    lmms_model, form_reader, forms, arguments, config, policy
 ):
-    model = make(script, **arguments)
+    model = make(lmms_model, **arguments)
     answers = ask(model, forms)
     assert answers == expected(form_reader, forms, config, policy)
     assert [(attr, res) for attr, _, res in model.cache_hook.seen] == [
@@ -157,27 +144,27 @@ def test_answers_are_those_of_generate_within_vl_cache(
     share = config.budget if isinstance(config.budget, float) else 60 / 610
     assert model.kept_shares == pytest.approx([share] * len(forms), rel=0.02)
     mean = sum(model.kept_shares) / len(forms)
-    assert script.logged[-1] == (
+    assert lmms_model.logged[-1] == (
         f"vlcache: kept {mean:.4f} of the prompts' KV bytes, the mean of 3 prompts"
         f" (policy {arguments.get('policy', 'vl_cache')}, budget {config.budget})"
     )
 
 
-def test_the_full_cache_answers_right_and_keeps_everything(script, forms):
-    model = make(script, policy="full")
+def test_the_full_cache_answers_right_and_keeps_everything(lmms_model, forms):
+    model = make(lmms_model, policy="full")
     answers = ask(model, forms, {"max_new_tokens": MAX_NEW_TOKENS, "temperature": 0, "top_p": 1.0})
     assert answers == [doc["answer"].answer for doc in forms]
     assert model.kept_shares == [1.0] * len(forms)
 
 
-def test_a_prompt_without_images_is_left_whole(script, forms):
-    model = make(script)
+def test_a_prompt_without_images_is_left_whole(lmms_model, forms):
+    model = make(lmms_model)
     assert len(ask(model, forms[:1], visuals=lambda doc: [])) == 1
     assert model.kept_shares == [1.0]
 
 
-def test_answers_end_before_the_first_until(script, forms):
-    model = make(script, policy="full")
+def test_answers_end_before_the_first_until(lmms_model, forms):
+    model = make(lmms_model, policy="full")
     (whole,) = ask(model, forms[:1])
     options = {"max_new_tokens": MAX_NEW_TOKENS, "until": ["\n\n", whole[1]]}
     assert ask(model, forms[:1], options) == [whole[: whole.index(whole[1])]]
@@ -212,20 +199,22 @@ def test_answers_end_before_the_first_until(script, forms):
         ),
     ],
 )
-def test_a_tasks_options_become_arguments_of_generate(script, options, arguments, until):
-    assert script.module._generation(options) == (arguments, until)
+def test_a_tasks_options_become_arguments_of_generate(lmms_model, options, arguments, until):
+    assert lmms_model.module._generation(options) == (arguments, until)
 
 
-def test_main_registers_the_model_and_starts_lmms_eval(script):
-    script.module.main()
-    found = script.registry.manifests["vlcache"].simple_class_path
-    assert found == "lmms_eval_model.VLCache"
-    assert script.started == [True]
-    name = found.rpartition(".")
+def test_lmms_eval_finds_it(lmms_model):
+    """By its entry point, which imports lmms-eval only when it is called."""
+    (entry,) = entry_points(group="lmms_eval.models", name="vlcache")
+    found = entry.load()()
+    assert found.model_id == "vlcache"
+    name = found.simple_class_path.rpartition(".")
     model = getattr(importlib.import_module(name[0]), name[2])
     assert issubclass(model, Lmms) and model.is_simple
     # What lmms-eval hands over beside --model_args.
     assert {"batch_size", "max_batch_size", "device"} <= set(inspect.signature(model).parameters)
+    code = f"import sys, {entry.module}; assert 'lmms_eval' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(
@@ -239,22 +228,22 @@ def test_main_registers_the_model_and_starts_lmms_eval(script):
         ({"device": "abacus"}, "device: got 'abacus'"),
         ({"conv_template": "vicuna"}, "conv_template: got an unknown argument"),
         ({"policy": "tuned", "smoothing": 2}, "smoothing: got 2"),
-        ({"pretrained": str(FOLDER)}, "pretrained: got"),
+        ({"pretrained": str(Path(__file__).parent)}, "pretrained: got"),
     ],
 )
-def test_wrong_arguments_are_named(script, arguments, message):
+def test_wrong_arguments_are_named(lmms_model, arguments, message):
     with pytest.raises(ValueError, match=message):
-        make(script, **arguments)
+        make(lmms_model, **arguments)
 
 
-def test_several_processes_are_refused(script, monkeypatch):
+def test_several_processes_are_refused(lmms_model, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(NotImplementedError, match="WORLD_SIZE"):
-        make(script)
+        make(lmms_model)
 
 
-def test_what_cannot_be_measured_is_refused(script, forms):
-    model = make(script)
+def test_what_cannot_be_measured_is_refused(lmms_model, forms):
+    model = make(lmms_model)
     with pytest.raises(NotImplementedError, match="loglikelihood"):
         model.loglikelihood([])
     with pytest.raises(NotImplementedError, match="generate_until_multi_round"):
