@@ -287,13 +287,14 @@ def markdown(results: list[Compiled]) -> str:
     lines = [
         f"Compiled ahead of time by Triton {triton.__version__}; nothing here was run.",
         "",
-        "| kernel | case | configuration | sm | registers | shared | 16-byte loads | matrix |",
-        "|---|---|---|---|---|---|---|---|",
+        "| kernel | case | configuration | sm | registers | stack | shared | 16-byte loads"
+        " | matrix |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for x in results:
         lines.append(
             f"| {x.kernel} | {x.case} | {x.configuration} | {x.target} | {x.registers}"
-            f" | {x.shared} | {x.wide_loads} | {' '.join(x.matrix)} |"
+            f" | {x.stack + x.local} | {x.shared} | {x.wide_loads} | {' '.join(x.matrix)} |"
         )
     return "\n".join(lines) + "\n"
 
