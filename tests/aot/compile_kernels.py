@@ -45,7 +45,7 @@ TYPES = {
 }
 NUM_HEADS, NUM_KV_HEADS, PAGE_SIZE = 32, 8, 16
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-OPTIONS = {"num_warps", "num_stages"}
+OPTIONS = {"num_warps", "num_stages", "maxnreg"}
 
 
 @dataclass(frozen=True)
