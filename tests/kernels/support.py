@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlcache_triton import reference
 
@@ -273,3 +274,35 @@ def assert_identical(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> No
         assert a.dtype == b.dtype
         a, b = bits(a), bits(b)
         assert torch.equal(a, b), f"{int((a != b).sum())} of {a.numel()} entries differ"
+
+
+class Recorder:
+    """Takes a kernel's place and keeps what it would have been launched with."""
+
+    def __init__(self) -> None:
+        self.grids: list[tuple[int, ...]] = []
+        self.arguments: list[dict[str, Any]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.grids.append(grid)
+        return lambda **arguments: self.arguments.append(arguments)
+
+    @property
+    def constants(self) -> list[dict[str, Any]]:
+        """What Triton compiles for, of each launch."""
+        return [
+            {k: v for k, v in x.items() if k.isupper() or k.startswith("num_warps")}
+            for x in self.arguments
+        ]
+
+
+class Operators(TorchDispatchMode):
+    """The names of all torch operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))

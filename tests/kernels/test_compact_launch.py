@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 from kept import random_case
-from support import FRAME, cumulative
-from torch.utils._python_dispatch import TorchDispatchMode
+from support import FRAME, Operators, Recorder, cumulative
 
 from vlcache_triton.kernels import compact
 from vlcache_triton.kernels.compact import (
@@ -38,38 +37,6 @@ def test_tiles_are_of_one_size(d: int, itemsize: int) -> None:
 def test_tiles_of_usual_heads() -> None:
     assert [tile_rows(d, 2) for d in (64, 80, 96, 128, 256)] == [64, 32, 32, 32, 16]
     assert [tile_rows(d, 4) for d in (64, 80, 96, 128, 256)] == [32, 16, 16, 16, 8]
-
-
-class Recorder:
-    """Takes a kernel's place and keeps what it would have been launched with."""
-
-    def __init__(self) -> None:
-        self.grids: list[tuple[int, ...]] = []
-        self.arguments: list[dict[str, Any]] = []
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        self.grids.append(grid)
-        return lambda **arguments: self.arguments.append(arguments)
-
-    @property
-    def constants(self) -> list[dict[str, Any]]:
-        """What Triton compiles for, of each launch."""
-        return [
-            {k: v for k, v in x.items() if k.isupper() or k.startswith("num_warps")}
-            for x in self.arguments
-        ]
-
-
-class Operators(TorchDispatchMode):
-    """The names of all torch operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
