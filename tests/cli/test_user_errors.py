@@ -4,6 +4,7 @@ import json
 
 import huggingface_hub
 import pytest
+from transformers.utils import is_torchvision_available
 
 from vlcache_triton.formreader.model import WEIGHTS
 
@@ -99,3 +100,20 @@ def test_code_of_a_model_is_never_run(vlcache, page, tmp_path):
     outcome = vlcache("generate", "--image", page, "--prompt", "?", "--model", tmp_path)
     fails(outcome, "model", "custom code")
     assert not proof.exists()
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")
+@pytest.mark.parametrize("command", ["generate", "inspect"])
+def test_a_processor_without_torchvision(vlcache, page, tmp_path, command):
+    """Qwen-VL processors take it, for their videos; the line says how to get it."""
+    for file in WEIGHTS.iterdir():
+        if file.name.startswith("tokenizer"):
+            (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"}))
+    processor = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2_5_VLProcessor",
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    outcome = vlcache(command, "--image", page, "--prompt", "?", "--model", tmp_path)
+    fails(outcome, "model", repr(str(tmp_path)), "pip install torchvision")

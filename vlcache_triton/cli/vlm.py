@@ -14,7 +14,7 @@ import huggingface_hub
 import torch
 from PIL import Image, ImageOps
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import logging
+from transformers.utils import is_torchvision_available, logging
 
 from vlcache_triton import VLCacheConfig
 from vlcache_triton.formreader import chat, load_form_reader
@@ -79,7 +79,8 @@ class VisionLanguageModel:
                 source, dtype=dtype, trust_remote_code=False
             )
         except (OSError, ValueError, ImportError) as error:
-            raise UserError(f"model: cannot load {source!r}: {one_line(str(error))}") from error
+            reason = _missing_torchvision(error) or one_line(str(error))
+            raise UserError(f"model: cannot load {source!r}: {reason}") from error
         self.model = model.eval().to(self.device)
 
     def encode(self, images: Sequence[Image.Image], prompt: str) -> Any:
@@ -166,6 +167,15 @@ def _check_exists(source: str) -> None:
     except Exception as error:  # the hub's HTTP client, and so its errors, differ by version
         reason = one_line(str(error))
         raise UserError(f"model: no folder {source!r}, and not on the hub: {reason}") from error
+
+
+def _missing_torchvision(error: Exception) -> str | None:
+    """What to install, where that is why: Transformers says it over many lines, naming no pip."""
+    if not isinstance(error, ImportError) or is_torchvision_available():
+        return None
+    if "torchvision" not in str(error).lower():
+        return None
+    return "its processor needs torchvision: pip install torchvision"
 
 
 def open_images(paths: Sequence[Path]) -> list[Image.Image]:
