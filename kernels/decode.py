@@ -149,17 +149,20 @@ def varlen_decode(
     num_kv_heads, d_v = v.shape[-2:]
     num_seqs = cu_seqlens_q.numel() - 1
     launch = _launch_for(q, v, num_seqs, max_seqlen_q, max_seqlen_k)
-    needed = _workspace_size(launch, q, v)
-    if workspace is None:
-        workspace = torch.empty(needed, dtype=torch.float32, device=q.device)
-    _validate_workspace(workspace, q, needed)
+    is_direct = launch.num_splits == 1
+    if workspace is not None:
+        _validate_workspace(workspace, q, _workspace_size(launch, q, v))
+    elif not is_direct:
+        size = _workspace_size(launch, q, v)
+        workspace = torch.empty(size, dtype=torch.float32, device=q.device)
     paged = block_table is not None
     out = q.new_empty(total_q, num_heads, d_v) if out is None else out
     lse = None
     if return_softmax_lse:
         lse = torch.empty(num_heads, total_q, dtype=torch.float32, device=q.device)
-    num_rows, is_direct = total_q * num_heads, launch.num_splits == 1
+    num_rows = total_q * num_heads
     if not is_direct:
+        assert workspace is not None
         partial_out, partial_lse = workspace, workspace[launch.num_splits * num_rows * d_v :]
 
     scale = d**-0.5 if softmax_scale is None else softmax_scale
