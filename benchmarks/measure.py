@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import os
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
@@ -84,7 +85,9 @@ def environment() -> dict[str, str]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=12"),
+        # A copy of the tree without its history is told its commit.
+        "commit": os.environ.get("COMMIT")
+        or _output("git", "describe", "--always", "--dirty", "--abbrev=12"),
         "gpu": "none: CPU, Triton's interpreter, nothing timed",
     }
     if HAS_GPU:
