@@ -121,7 +121,7 @@ class WindowRings:
         rows = q.reshape(num_seqs, num_kv_heads, group * n, d)
         mask = self._mask.repeat(1, 1, group, 1)
         out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=softmax_scale)
-        return out.view(num_seqs, num_heads, n, -1).transpose(1, 2).contiguous()
+        return out.reshape(num_seqs, num_heads, n, -1).transpose(1, 2).contiguous()
 
     def take_back(self, num_seen: int) -> None:
         """Forget the tokens from num_seen on, the last SPARE at most."""
