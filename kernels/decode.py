@@ -38,18 +38,8 @@ __all__ = [
 MAX_SEQLEN_Q = 16
 
 
-PROGRAMS_PER_MULTIPROCESSOR = 2  # measured on an H100: more start slower, fewer load slower
-
-
 class DecodeLaunch(NamedTuple):
-    """Launch of a decode: each program takes BLOCK_M rows of one KV head and one piece of the keys.
-
-    num_pieces: about as many pieces are all sequences' live keys cut into, on the device; one
-        sequence's are its own, so there may be num_seqs more.
-    min_split_size: keys that a piece has at least, where its sequence has as many.
-    stored_rows: of a piece's partial result.
-    is_direct: no sequence can have two pieces, so nothing is left to combine.
-    """
+    """Launch of a decode: each program takes BLOCK_M rows and split_size keys."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -57,11 +47,8 @@ class DecodeLaunch(NamedTuple):
     num_stages: int
     maxnreg: int | None
     num_row_blocks: int
-    num_pieces: int
-    min_split_size: int
-    stored_rows: int
-    num_programs: int
-    is_direct: bool
+    num_splits: int
+    split_size: int
 
 
 def decode_launch(
@@ -74,23 +61,25 @@ def decode_launch(
     max_seqlen_k: int,
     multiprocessors: int,
 ) -> DecodeLaunch:
-    """As many pieces as run at once, however the live keys are spread over the sequences; but long
-    enough for the partial results of their rows not to matter beside the keys."""
+    """Splits of one size for all sequences, so that long and short ones of a batch even out.
+
+    Four programs a multiprocessor, so that a batch which fills a fraction of its capacity still
+    reaches all of them; but splits that are long enough for the partial results of their rows not
+    to matter beside the keys, and short enough for none to be left alone at the end.
+    """
     rows = max_seqlen_q * group
     # At most what the registers hold, and 99 KiB of shared memory, which is all some GPUs have.
     most = (128 if head_size <= 64 else 64) // itemsize
     block_m = max(16, min(most, triton.next_power_of_2(rows)))
     num_row_blocks = triton.cdiv(rows, block_m)
     if itemsize == 2:
-        block_n, num_warps, num_stages = 32, (2 if block_m == 16 and head_size <= 128 else 4), 3
+        block_n, num_warps, num_stages = (64 if head_size <= 128 else 32), 4, 3
     else:  # multiplied without matrix instructions: eight warps have the registers for it
         block_n, num_warps, num_stages = (32 if head_size <= 128 else 16), 8, 2
-    stored_rows = min(block_m, rows)
-    min_split_size = triton.cdiv(max(4 * stored_rows, block_n), block_n) * block_n
-    num_parts = num_kv_heads * num_row_blocks
-    num_pieces = max(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // max(num_parts, 1), 1)
-    most_pieces = max(triton.cdiv(max_seqlen_k, min_split_size), 1)  # of a sequence
-    is_direct = most_pieces == 1
+    total = max(max_seqlen_k, 1) * num_seqs * num_kv_heads * num_row_blocks
+    split_size = triton.cdiv(total, 4 * multiprocessors)
+    split_size = min(max(split_size, 4 * block_m), 64 * block_m)
+    split_size = triton.cdiv(split_size, block_n) * block_n
     return DecodeLaunch(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -99,11 +88,8 @@ def decode_launch(
         # Left alone, the assembler aims lower in fp32, and keeps 8 bytes in memory.
         maxnreg=255 if itemsize == 4 else None,
         num_row_blocks=num_row_blocks,
-        num_pieces=num_pieces,
-        min_split_size=min_split_size,
-        stored_rows=stored_rows,
-        num_programs=num_parts * min(num_pieces + num_seqs, most_pieces * num_seqs),
-        is_direct=is_direct,
+        num_splits=max(triton.cdiv(max_seqlen_k, split_size), 1),
+        split_size=split_size,
     )
 
 
@@ -163,31 +149,27 @@ def varlen_decode(
     num_kv_heads, d_v = v.shape[-2:]
     num_seqs = cu_seqlens_q.numel() - 1
     launch = _launch_for(q, v, num_seqs, max_seqlen_q, max_seqlen_k)
-    size = _workspace_size(launch, v, num_seqs)
+    is_direct = launch.num_splits == 1
     if workspace is not None:
-        _validate_workspace(workspace, q, size)
-    elif not launch.is_direct:
+        _validate_workspace(workspace, q, _workspace_size(launch, q, v))
+    elif not is_direct:
+        size = _workspace_size(launch, q, v)
         workspace = torch.empty(size, dtype=torch.float32, device=q.device)
     paged = block_table is not None
     out = q.new_empty(total_q, num_heads, d_v) if out is None else out
     lse = None
     if return_softmax_lse:
         lse = torch.empty(num_heads, total_q, dtype=torch.float32, device=q.device)
-    partial_out = partial_lse = pieces = None
-    if not launch.is_direct:
+    num_rows = total_q * num_heads
+    if not is_direct:
         assert workspace is not None
-        num_partial = launch.num_programs * launch.stored_rows
-        partial_out, partial_lse = workspace, workspace[num_partial * d_v :]
-        pieces = workspace[num_partial * (d_v + 1) :]
+        partial_out, partial_lse = workspace, workspace[launch.num_splits * num_rows * d_v :]
 
     scale = d**-0.5 if softmax_scale is None else softmax_scale
     log2_e = math.log2(math.e)
     left, right = window_size[0], 0 if causal else window_size[1]
-    max_keys = max_seqlen_k
-    if block_table is not None:
-        max_keys = min(max_keys, block_table.shape[1] * k.shape[1])
     with torch.cuda.device_of(q):  # the model may lie on several devices
-        _split_kernel[(launch.num_programs,)](
+        _split_kernel[(num_seqs * launch.num_row_blocks * num_kv_heads, launch.num_splits)](
             q_ptr=q,
             k_ptr=k,
             v_ptr=v,
@@ -195,24 +177,17 @@ def varlen_decode(
             cu_seqlens_k_ptr=cu_seqlens_k,
             seqused_k_ptr=seqused_k,
             block_table_ptr=block_table,
-            out_ptr=out,
-            lse_ptr=lse,
-            partial_out_ptr=partial_out,
-            partial_lse_ptr=partial_lse,
-            pieces_ptr=pieces,
+            out_ptr=out if is_direct else partial_out,
+            lse_ptr=lse if is_direct else partial_lse,
             scale_log2=scale * log2_e * (2.0 / softcap if softcap > 0 else 1.0),
             softcap_log2=softcap * log2_e,
             window_left=left,
             window_right=right,
             max_blocks=0 if block_table is None else block_table.shape[1],
-            max_keys=max_keys,
-            num_rows=total_q * num_heads,
-            num_seqs=num_seqs,
+            num_rows=num_rows,
             num_kv_heads=num_kv_heads,
             num_row_blocks=launch.num_row_blocks,
-            num_pieces=launch.num_pieces,
-            min_split_size=launch.min_split_size,
-            stored_rows=launch.stored_rows,
+            split_size=launch.split_size,
             stride_q_row=q.stride(0),
             stride_q_head=q.stride(1),
             stride_k_page=k.stride(0) if paged else 0,
@@ -232,34 +207,33 @@ def varlen_decode(
             BOUND_LEFT=left >= 0,
             BOUND_RIGHT=right >= 0,
             SOFTCAP=softcap > 0,
-            DIRECT=launch.is_direct,
+            DIRECT=is_direct,
             BLOCK_M=launch.BLOCK_M,
             BLOCK_N=launch.BLOCK_N,
-            SEQS=32 if num_seqs <= 32 else 256,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
             maxnreg=launch.maxnreg,
         )
-        if not launch.is_direct:
+    if not is_direct:
+        with torch.cuda.device_of(q):
             _combine_kernel[(num_seqs * num_heads, max_seqlen_q)](
                 partial_out_ptr=partial_out,
                 partial_lse_ptr=partial_lse,
-                pieces_ptr=pieces,
                 cu_seqlens_q_ptr=cu_seqlens_q,
+                cu_seqlens_k_ptr=cu_seqlens_k,
+                seqused_k_ptr=seqused_k,
                 out_ptr=out,
                 lse_ptr=lse,
-                num_rows=total_q * num_heads,
+                num_rows=num_rows,
                 num_heads=num_heads,
-                num_row_blocks=launch.num_row_blocks,
-                stored_rows=launch.stored_rows,
+                num_splits=launch.num_splits,
+                split_size=launch.split_size,
                 stride_out_row=out.stride(0),
                 stride_out_head=out.stride(1),
                 HEAD_SIZE_V=d_v,
                 D_V=padded(d_v),
-                GROUP=num_heads // num_kv_heads,
-                BLOCK_M=launch.BLOCK_M,
-                BLOCK_S=16,
-                num_warps=2,
+                BLOCK_S=64,
+                num_warps=8,
             )
     return (out, lse) if lse is not None else out
 
@@ -272,15 +246,14 @@ def decode_workspace(
     Only the shapes, dtype and device of q and v (as varlen_decode takes them) matter.
     """
     launch = _launch_for(q, v, num_seqs, max_seqlen_q, max_seqlen_k)
-    size = _workspace_size(launch, v, num_seqs)
-    return torch.empty(size, dtype=torch.float32, device=q.device)
+    return torch.empty(_workspace_size(launch, q, v), dtype=torch.float32, device=q.device)
 
 
-def _workspace_size(launch: DecodeLaunch, v: Tensor, num_seqs: int) -> int:
-    """The stored rows of each program with their log-sum-exps, and two numbers a sequence."""
-    if launch.is_direct:
+def _workspace_size(launch: DecodeLaunch, q: Tensor, v: Tensor) -> int:
+    """A row and its log-sum-exp for each split and (query row, head); none without splits."""
+    if launch.num_splits == 1:
         return 0
-    return launch.num_programs * launch.stored_rows * (v.shape[-1] + 1) + 2 * num_seqs
+    return launch.num_splits * q.shape[0] * q.shape[1] * (v.shape[-1] + 1)
 
 
 def _launch_for(

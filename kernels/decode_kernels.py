@@ -39,84 +39,14 @@ def _load_rows(
     return tl.load(rows)
 
 
-@triton.jit
-def _live_keys(
-    seqs,  # one or several
-    is_seq,  # a mask of them, or None where all are
-    cu_seqlens_k_ptr,
-    seqused_k_ptr,
-    max_keys,
-    PAGED: tl.constexpr,
-):
-    """Live keys of sequences, never more than there is memory for."""
-    start = tl.load(cu_seqlens_k_ptr + seqs, mask=is_seq)
-    n_k = tl.load(cu_seqlens_k_ptr + seqs + 1, mask=is_seq) - start
-    if seqused_k_ptr is not None:
-        used = tl.load(seqused_k_ptr + seqs, mask=is_seq)
-        n_k = used if PAGED else tl.minimum(n_k, used)
-    n_k = tl.maximum(tl.minimum(n_k, max_keys), 0)
-    return n_k if is_seq is None else tl.where(is_seq, n_k, 0)
-
-
-@triton.jit
-def _find_piece(
-    piece,
-    cu_seqlens_k_ptr,
-    seqused_k_ptr,
-    max_keys,
-    num_seqs,
-    num_pieces,
-    min_split_size,
-    PAGED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SEQS: tl.constexpr,  # sequences looked at at once
-):
-    """What a program is to do: (its sequence, that one's first piece, keys of a piece).
-
-    All live keys are cut into about num_pieces pieces of one size, sequence by sequence: at most
-    num_pieces + num_seqs of them, since a sequence has one at least. Behind the last piece, the
-    sequence is num_seqs.
-    """
-    total = tl.zeros((), tl.int64)
-    for start in range(0, num_seqs, SEQS):
-        seqs = start + tl.arange(0, SEQS)
-        n_k = _live_keys(seqs, seqs < num_seqs, cu_seqlens_k_ptr, seqused_k_ptr, max_keys, PAGED)
-        total += tl.sum(n_k.to(tl.int64), 0)
-    split_size = tl.maximum(tl.cdiv(total, num_pieces).to(tl.int32), min_split_size)
-    split_size = tl.cdiv(split_size, BLOCK_N) * BLOCK_N
-    seq, first, end = 0, 0, 0
-    for start in range(0, num_seqs, SEQS):
-        seqs = start + tl.arange(0, SEQS)
-        is_seq = seqs < num_seqs
-        n_k = _live_keys(seqs, is_seq, cu_seqlens_k_ptr, seqused_k_ptr, max_keys, PAGED)
-        pieces = tl.where(is_seq, tl.maximum(tl.cdiv(n_k, split_size), 1), 0)
-        ends = end + tl.cumsum(pieces, 0)
-        is_before = is_seq & (ends <= piece)
-        seq += tl.sum(is_before.to(tl.int32), 0)
-        first = tl.maximum(first, tl.max(tl.where(is_before, ends, 0), 0))
-        end += tl.sum(pieces, 0)
-    return seq, first, split_size
-
-
 # Of lengths, single elements are read: where a layer's part of a tensor starts is no reason to
 # compile anew.
 LENGTHS = ["cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_k_ptr"]
-PARTIAL = ["partial_lse_ptr", "pieces_ptr"]  # somewhere in the workspace
 
 
 @triton.jit(
-    do_not_specialize=[
-        "max_blocks",
-        "max_keys",
-        "num_rows",
-        "num_seqs",
-        "num_kv_heads",
-        "num_row_blocks",
-        "num_pieces",
-        "min_split_size",
-        "stored_rows",
-    ],
-    do_not_specialize_on_alignment=[*LENGTHS, *PARTIAL],
+    do_not_specialize=["max_blocks", "num_rows", "num_kv_heads", "num_row_blocks", "split_size"],
+    do_not_specialize_on_alignment=LENGTHS,
 )
 def _split_kernel(
     q_ptr,  # [total_q, num_heads, d]
@@ -126,24 +56,17 @@ def _split_kernel(
     cu_seqlens_k_ptr,
     seqused_k_ptr,
     block_table_ptr,
-    out_ptr,  # [total_q, num_heads, d_v]
-    lse_ptr,  # [num_heads, total_q], natural log, or None
-    partial_out_ptr,  # fp32 [num_programs, stored_rows, d_v], None if DIRECT
-    partial_lse_ptr,  # fp32 [num_programs, stored_rows], log2
-    pieces_ptr,  # [num_seqs, 2], int32 bits: a sequence's first piece, and how many it has
+    out_ptr,  # DIRECT: [total_q, num_heads, d_v]; else fp32 [num_splits, num_rows, d_v]
+    lse_ptr,  # DIRECT: [num_heads, total_q], natural log, or None; else log2 [num_splits, num_rows]
     scale_log2,  # softmax_scale * log2(e); with a softcap, softmax_scale * 2 * log2(e) / softcap
     softcap_log2,  # softcap * log2(e)
     window_left,
     window_right,
     max_blocks,
-    max_keys,  # a sequence can have: no length is believed beyond it
     num_rows,  # total_q * num_heads
-    num_seqs,
     num_kv_heads,
     num_row_blocks,
-    num_pieces,
-    min_split_size,
-    stored_rows,
+    split_size,
     stride_q_row,
     stride_q_head,
     stride_k_page,
@@ -163,56 +86,30 @@ def _split_kernel(
     BOUND_LEFT: tl.constexpr,
     BOUND_RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    DIRECT: tl.constexpr,  # one piece a sequence
+    DIRECT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SEQS: tl.constexpr,
 ):
-    """BLOCK_M (query row, head) pairs of one KV head over one piece of its sequence's keys.
+    """BLOCK_M (query row, head) pairs of one KV head over one split of its sequence's keys.
 
-    Which piece, a program finds by the live lengths: the grid knows none of them. Pieces are its
-    slow axis: heads that share memory pages run together, and idle programs come last.
+    The grid is made for the capacity; what lies behind the live length exits at once. Splits are
+    its slow axis: heads that share memory pages run together, and idle programs come last.
     """
-    program = tl.program_id(0)
-    num_parts = num_kv_heads * num_row_blocks
-    piece, part = program // num_parts, program % num_parts
-    head, row_block = (part % num_kv_heads).to(tl.int64), part // num_kv_heads
+    split = tl.program_id(1)
+    head, rest = (tl.program_id(0) % num_kv_heads).to(tl.int64), tl.program_id(0) // num_kv_heads
+    row_block, seq = rest % num_row_blocks, (rest // num_row_blocks).to(tl.int64)
     num_heads = num_kv_heads * GROUP
-    PAGED: tl.constexpr = block_table_ptr is not None
-    if DIRECT:
-        seq, first, split_size = piece, piece, max_keys
-    else:
-        seq, first, split_size = _find_piece(
-            piece,
-            cu_seqlens_k_ptr,
-            seqused_k_ptr,
-            max_keys,
-            num_seqs,
-            num_pieces,
-            min_split_size,
-            PAGED,
-            BLOCK_N,
-            SEQS,
-        )
-        if seq == num_seqs:
-            return
-    seq = seq.to(tl.int64)
     start_q = tl.load(cu_seqlens_q_ptr + seq)
     n_q = tl.load(cu_seqlens_q_ptr + seq + 1) - start_q
     start_k = tl.load(cu_seqlens_k_ptr + seq)
-    n_k = _live_keys(seq, None, cu_seqlens_k_ptr, seqused_k_ptr, max_keys, PAGED)
-    is_whole = True
-    begin, end = 0, n_k
-    if not DIRECT:
-        is_whole = n_k <= split_size
-        begin = (piece - first) * split_size
-        end = tl.minimum(begin + split_size, n_k)
-        if (piece == first) & (part == 0):
-            count = tl.maximum(tl.cdiv(n_k, split_size), 1)
-            tl.store(pieces_ptr + seq * 2, first.to(tl.float32, bitcast=True))
-            tl.store(pieces_ptr + seq * 2 + 1, count.to(tl.float32, bitcast=True))
+    if seqused_k_ptr is not None:
+        n_k = tl.load(seqused_k_ptr + seq)
+    else:
+        n_k = tl.load(cu_seqlens_k_ptr + seq + 1) - start_k
+    begin = split * split_size
+    end = tl.minimum(begin + split_size, n_k)
 
-    if row_block * BLOCK_M < n_q * GROUP:
+    if (row_block * BLOCK_M < n_q * GROUP) & ((begin < n_k) | DIRECT):
         if block_table_ptr is not None:
             block_table_ptr += seq * max_blocks
         rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -300,7 +197,7 @@ def _split_kernel(
         out_mask = live_rows[:, None]
         if D_V > HEAD_SIZE_V:
             out_mask = out_mask & (dims_v < HEAD_SIZE_V)[None, :]
-        if is_whole:
+        if DIRECT:
             out_row = row_offset * stride_out_row + (head * GROUP + heads) * stride_out_head
             target = out_ptr + out_row[:, None] + dims_v[None, :]
             tl.store(target, result.to(out_ptr.dtype.element_ty), mask=out_mask)
@@ -310,61 +207,58 @@ def _split_kernel(
                 tl.store(
                     lse_ptr + (head * GROUP + heads) * total_q + row_offset, natural, mask=live_rows
                 )
-        elif not DIRECT:
-            row = program.to(tl.int64) * stored_rows + tl.arange(0, BLOCK_M)
-            partial = partial_out_ptr + row[:, None] * HEAD_SIZE_V + dims_v[None, :]
-            tl.store(partial, result, mask=out_mask)
-            tl.store(partial_lse_ptr + row, lse, mask=live_rows)
+        else:
+            row = split.to(tl.int64) * num_rows + row_offset * num_heads + head * GROUP + heads
+            target = out_ptr + row[:, None] * HEAD_SIZE_V + dims_v[None, :]
+            tl.store(target, result, mask=out_mask)
+            tl.store(lse_ptr + row, lse, mask=live_rows)
 
 
 @triton.jit(
-    do_not_specialize=["num_rows", "num_heads", "num_row_blocks", "stored_rows"],
-    do_not_specialize_on_alignment=["cu_seqlens_q_ptr", *PARTIAL],
+    do_not_specialize=["num_rows", "num_heads", "num_splits", "split_size"],
+    do_not_specialize_on_alignment=LENGTHS,
 )
 def _combine_kernel(
-    partial_out_ptr,  # fp32 [num_programs, stored_rows, d_v]
-    partial_lse_ptr,  # fp32 [num_programs, stored_rows], log2
-    pieces_ptr,  # [num_seqs, 2], int32 bits
+    partial_out_ptr,  # fp32 [num_splits, num_rows, d_v]
+    partial_lse_ptr,  # fp32 [num_splits, num_rows], log2
     cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    seqused_k_ptr,
     out_ptr,  # [total_q, num_heads, d_v]
     lse_ptr,  # [num_heads, total_q], natural log, or None
     num_rows,
     num_heads,
-    num_row_blocks,
-    stored_rows,
+    num_splits,
+    split_size,
     stride_out_row,
     stride_out_head,
     HEAD_SIZE_V: tl.constexpr,
     D_V: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """One output row out of those of its pieces, in their order, where a sequence has several."""
+    """One output row out of those of its live splits, in their order."""
     token, seq = tl.program_id(1), (tl.program_id(0) // num_heads).to(tl.int64)
-    head = tl.program_id(0) % num_heads
-    first = tl.load(pieces_ptr + seq * 2).to(tl.int32, bitcast=True)
-    count = tl.load(pieces_ptr + seq * 2 + 1).to(tl.int32, bitcast=True)
+    head = (tl.program_id(0) % num_heads).to(tl.int64)
     start_q = tl.load(cu_seqlens_q_ptr + seq)
-    n_q = tl.load(cu_seqlens_q_ptr + seq + 1) - start_q
-    if (count > 1) & (token < n_q):
-        num_kv_heads = num_heads // GROUP
-        pair = token * GROUP + head % GROUP
-        part = pair // BLOCK_M * num_kv_heads + head // GROUP
-        num_parts = num_kv_heads * num_row_blocks
+    if token < tl.load(cu_seqlens_q_ptr + seq + 1) - start_q:
+        if seqused_k_ptr is not None:
+            n_k = tl.load(seqused_k_ptr + seq)
+        else:
+            n_k = tl.load(cu_seqlens_k_ptr + seq + 1) - tl.load(cu_seqlens_k_ptr + seq)
+        live = tl.minimum(tl.cdiv(n_k, split_size), num_splits)
         q_row = (start_q + token).to(tl.int64)
+        row = q_row * num_heads + head
         dims = tl.arange(0, D_V)
         row_max = tl.full((), -float("inf"), tl.float32)
         row_sum = tl.zeros((), tl.float32)
         acc = tl.zeros((D_V,), tl.float32)
-        for start in range(0, count, BLOCK_S):
-            pieces = start + tl.arange(0, BLOCK_S)
-            is_piece = pieces < count
-            rows = ((first + pieces) * num_parts + part).to(tl.int64) * stored_rows + pair % BLOCK_M
-            lse = tl.load(partial_lse_ptr + rows, mask=is_piece, other=-float("inf"))
-            part_mask = is_piece[:, None] & (dims < HEAD_SIZE_V)[None, :]
-            partial = partial_out_ptr + rows[:, None] * HEAD_SIZE_V + dims[None, :]
-            values = tl.load(partial, mask=part_mask, other=0.0)  # [BLOCK_S, D_V]
+        for start in range(0, live, BLOCK_S):
+            splits = start + tl.arange(0, BLOCK_S)
+            rows = splits.to(tl.int64) * num_rows + row
+            lse = tl.load(partial_lse_ptr + rows, mask=splits < live, other=-float("inf"))
+            part_mask = (splits < live)[:, None] & (dims < HEAD_SIZE_V)[None, :]
+            part = partial_out_ptr + rows[:, None] * HEAD_SIZE_V + dims[None, :]
+            values = tl.load(part, mask=part_mask, other=0.0)  # [BLOCK_S, D_V]
             new_max = tl.maximum(row_max, tl.max(lse, 0))
             shift = tl.where(new_max == -float("inf"), 0.0, new_max)
             weights = tl.exp2(lse - shift)

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from support import Operators, Recorder, cumulative, random_varlen
 
 from vlcache_triton.kernels import append, decode
@@ -42,7 +40,7 @@ def launch(
 
 def compiled(x: DecodeLaunch) -> tuple[int | bool, ...]:
     """What makes Triton compile anew: all that is constexpr, and DIRECT."""
-    return x.BLOCK_M, x.BLOCK_N, x.num_warps, x.num_stages, x.is_direct
+    return x.BLOCK_M, x.BLOCK_N, x.num_warps, x.num_stages, x.num_splits == 1
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -57,41 +55,16 @@ def test_lengths_compile_direct_and_split_alone(d: int, itemsize: int) -> None:
     assert len(rows) <= 3
 
 
-def pieces_of(x: DecodeLaunch, lengths: list[int]) -> list[int]:
-    """How many each sequence has: what the kernel does with live lengths, in plain numbers."""
-    split_size = max(-(-sum(lengths) // x.num_pieces), x.min_split_size)
-    split_size = -(-split_size // x.BLOCK_N) * x.BLOCK_N
-    return [max(-(-n // split_size), 1) for n in lengths]
-
-
-@settings(derandomize=True, max_examples=200, deadline=None)
-@given(
-    st.lists(st.integers(0, 5000), min_size=1, max_size=40),
-    st.integers(0, 3),
-    st.sampled_from([1, 2, 8, 71]),
-    st.sampled_from([1, 4, H100]),
-)
-def test_the_grid_holds_all_pieces(lengths, spare, heads, multiprocessors) -> None:
-    for itemsize, n_q in ((2, 1), (2, 16), (4, 3)):
-        x = launch(
-            max(lengths) + spare,
-            heads=heads,
-            seqs=len(lengths),
-            itemsize=itemsize,
-            n_q=n_q,
-            multiprocessors=multiprocessors,
-        )
-        pieces = pieces_of(x, lengths)
-        assert sum(pieces) * heads * x.num_row_blocks <= x.num_programs
-        assert not x.is_direct or max(pieces) == 1
-
-
 @pytest.mark.parametrize("n", LENGTHS)
-def test_numbers_stay_in_32_bits(n: int) -> None:
-    for seqs in (1, 64):
-        x = launch(n, seqs=seqs)
-        assert x.num_programs * x.stored_rows * 129 < 2**31
-        assert x.min_split_size % x.BLOCK_N == 0
+@pytest.mark.parametrize("seqs", [1, 64])
+@pytest.mark.parametrize("multiprocessors", [1, H100])
+def test_splits_cover_the_keys_once(n: int, seqs: int, multiprocessors: int) -> None:
+    for itemsize in (2, 4):
+        x = launch(n, seqs=seqs, itemsize=itemsize, multiprocessors=multiprocessors)
+        assert x.num_splits >= 1
+        assert x.split_size % x.BLOCK_N == 0  # so that blocks of keys start where splits do
+        assert (x.num_splits - 1) * x.split_size < max(n, 1) <= x.num_splits * x.split_size
+        assert x.num_splits * x.split_size < 2**31 + 64 * x.BLOCK_M  # keys are numbered in int32
 
 
 @pytest.mark.parametrize("group", [1, 3, 4, 7, 8, 16, 71])
@@ -113,18 +86,21 @@ def test_one_token_of_a_group_is_one_row_block() -> None:
             assert launch(d=d, group=group).num_row_blocks == 1
 
 
-@pytest.mark.parametrize(
-    "lengths",
-    [[1024], [131072], [131072] + 63 * [256], 64 * [820], [1300] * 8],
-    ids=["1K", "128K", "one long", "64x820", "a layer that keeps 1.3K"],
-)
-def test_live_keys_fill_the_gpu_once(lengths: list[int]) -> None:
-    """Whatever the capacity: the grid and the memory for partial results hardly know it."""
-    heads = 1 if len(lengths) == 8 else 8
-    x = launch(1 << 17, seqs=len(lengths), heads=heads)
-    live = sum(pieces_of(x, lengths)) * heads
-    assert 1.2 * H100 <= live <= 2 * H100 + len(lengths) * heads
-    assert x.num_programs <= 2 * H100 + len(lengths) * heads
+@pytest.mark.parametrize("n", [32768, 131072])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_one_prompt_fills_the_gpu(n: int, itemsize: int) -> None:
+    assert launch(n, itemsize=itemsize).num_splits * 8 >= 2 * H100
+
+
+def test_short_caches_are_split_until_splits_are_short() -> None:
+    """After compression 1K tokens a head are the common case: 128 programs, not 8."""
+    assert launch(1024).num_splits * 8 >= 0.9 * H100
+    assert launch(1024).split_size == launch(1).split_size
+
+
+def test_batches_need_few_splits() -> None:
+    assert launch(1024, seqs=256).num_splits == 1
+    assert launch(2048, seqs=64).num_splits <= 4
 
 
 @pytest.mark.parametrize(("d", "n_q"), [(64, 1), (128, 16)])
@@ -132,7 +108,7 @@ def test_partial_results_are_small_beside_the_keys(d: int, n_q: int) -> None:
     for n in LENGTHS:
         for seqs in (1, 16, 256):
             x = launch(n, d=d, seqs=seqs, n_q=n_q)
-            assert x.min_split_size >= 4 * x.stored_rows
+            assert x.split_size >= 4 * min(n_q * 4, x.BLOCK_M)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -149,17 +125,18 @@ def test_shared_memory_fits_small_gpus(d: int, itemsize: int) -> None:
 
 def test_nothing_to_do_is_a_launch_too() -> None:
     assert launch(0, n_q=0).num_row_blocks == 0
-    assert launch(0, seqs=0).num_programs == 0
+    assert launch(0, seqs=0).num_splits == 1
     assert launch(0).num_row_blocks == 1  # writes the rows that see no key
 
 
-def test_workspace_holds_a_row_and_its_lse_a_piece(device: torch.device) -> None:
+def test_workspace_holds_a_row_and_its_lse_a_split(device: torch.device) -> None:
     batch = random_varlen([3, 1], [2000, 63], d=80, d_v=48, device=device)
     x = decode._launch_for(batch.q, batch.v, 2, 3, 2000)
     workspace = decode_workspace(batch.q, batch.v, 2, 3, 2000)
-    assert workspace.numel() == x.num_programs * x.stored_rows * 49 + 2 * 2
+    assert workspace.numel() == x.num_splits * 4 * 4 * 49
+    assert x.num_splits > 1
     assert workspace.dtype == torch.float32
-    assert decode_workspace(batch.q, batch.v, 2, 3, 30).numel() == 0
+    assert decode_workspace(batch.q, batch.v, 2, 3, 40).numel() == 0
 
 
 @pytest.fixture
@@ -203,7 +180,7 @@ def test_the_host_reads_and_allocates_nothing(recorders, page_size: int | None) 
     assert out is q
     assert set(operators.names) <= {"slice.Tensor"}
     assert recorders["_append_kernel"].grids == [(5,)]
-    assert recorders["_split_kernel"].grids == [(2 * (4 + 5),)]
+    assert recorders["_split_kernel"].grids == [(5 * 2, 2)]
     assert recorders["_combine_kernel"].grids == [(5 * 8, 1)]
 
 
