@@ -39,13 +39,31 @@ def _load_rows(
     return tl.load(rows)
 
 
+@triton.jit
+def _live_keys(seq, cu_seqlens_k_ptr, seqused_k_ptr, max_keys, PAGED: tl.constexpr):
+    """(start, live keys) of a sequence: never more keys than it has memory for."""
+    start_k = tl.load(cu_seqlens_k_ptr + seq)
+    n_k = tl.load(cu_seqlens_k_ptr + seq + 1) - start_k
+    if seqused_k_ptr is not None:
+        used = tl.load(seqused_k_ptr + seq)
+        n_k = used if PAGED else tl.minimum(n_k, used)
+    return start_k, tl.minimum(n_k, max_keys)
+
+
 # Of lengths, single elements are read: where a layer's part of a tensor starts is no reason to
 # compile anew.
 LENGTHS = ["cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_k_ptr"]
 
 
 @triton.jit(
-    do_not_specialize=["max_blocks", "num_rows", "num_kv_heads", "num_row_blocks", "split_size"],
+    do_not_specialize=[
+        "max_blocks",
+        "max_keys",
+        "num_rows",
+        "num_kv_heads",
+        "num_row_blocks",
+        "split_size",
+    ],
     do_not_specialize_on_alignment=LENGTHS,
 )
 def _split_kernel(
@@ -63,6 +81,7 @@ def _split_kernel(
     window_left,
     window_right,
     max_blocks,
+    max_keys,  # a sequence can have: no length is believed beyond it
     num_rows,  # total_q * num_heads
     num_kv_heads,
     num_row_blocks,
@@ -101,11 +120,8 @@ def _split_kernel(
     num_heads = num_kv_heads * GROUP
     start_q = tl.load(cu_seqlens_q_ptr + seq)
     n_q = tl.load(cu_seqlens_q_ptr + seq + 1) - start_q
-    start_k = tl.load(cu_seqlens_k_ptr + seq)
-    if seqused_k_ptr is not None:
-        n_k = tl.load(seqused_k_ptr + seq)
-    else:
-        n_k = tl.load(cu_seqlens_k_ptr + seq + 1) - start_k
+    PAGED: tl.constexpr = block_table_ptr is not None
+    start_k, n_k = _live_keys(seq, cu_seqlens_k_ptr, seqused_k_ptr, max_keys, PAGED)
     begin = split * split_size
     end = tl.minimum(begin + split_size, n_k)
 
@@ -215,7 +231,7 @@ def _split_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["num_rows", "num_heads", "num_splits", "split_size"],
+    do_not_specialize=["max_keys", "num_rows", "num_heads", "split_size"],
     do_not_specialize_on_alignment=LENGTHS,
 )
 def _combine_kernel(
@@ -226,14 +242,15 @@ def _combine_kernel(
     seqused_k_ptr,
     out_ptr,  # [total_q, num_heads, d_v]
     lse_ptr,  # [num_heads, total_q], natural log, or None
+    max_keys,
     num_rows,
     num_heads,
-    num_splits,
     split_size,
     stride_out_row,
     stride_out_head,
     HEAD_SIZE_V: tl.constexpr,
     D_V: tl.constexpr,
+    PAGED: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """One output row out of those of its live splits, in their order."""
@@ -241,11 +258,8 @@ def _combine_kernel(
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     start_q = tl.load(cu_seqlens_q_ptr + seq)
     if token < tl.load(cu_seqlens_q_ptr + seq + 1) - start_q:
-        if seqused_k_ptr is not None:
-            n_k = tl.load(seqused_k_ptr + seq)
-        else:
-            n_k = tl.load(cu_seqlens_k_ptr + seq + 1) - tl.load(cu_seqlens_k_ptr + seq)
-        live = tl.minimum(tl.cdiv(n_k, split_size), num_splits)
+        _, n_k = _live_keys(seq, cu_seqlens_k_ptr, seqused_k_ptr, max_keys, PAGED)
+        live = tl.cdiv(n_k, split_size)
         q_row = (start_q + token).to(tl.int64)
         row = q_row * num_heads + head
         dims = tl.arange(0, D_V)

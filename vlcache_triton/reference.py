@@ -271,7 +271,7 @@ def varlen_decode(
     group = num_heads // num_kv_heads
     num_seqs = len(cu_seqlens_q) - 1
     scale = d**-0.5 if softmax_scale is None else softmax_scale
-    live = (cu_seqlens_k[1:] - cu_seqlens_k[:-1] if seqused_k is None else seqused_k).long()
+    live = _live_keys(cu_seqlens_k, seqused_k, block_table, k).clamp(0, max_seqlen_k)
     columns = torch.arange(max_seqlen_k, device=q.device)
     rows = columns.expand(num_seqs, -1).clamp(max=(live - 1).clamp(min=0)[:, None])
     seq = torch.arange(num_seqs, device=q.device)[:, None]
@@ -340,6 +340,17 @@ def append_kv(
     k_cache.view(-1, *k_cache.shape[-2:])[target] = k[fits].to(k_cache.dtype)
     v_cache.view(-1, *v_cache.shape[-2:])[target] = v[fits].to(v_cache.dtype)
     seqused_k += n
+
+
+def _live_keys(
+    cu_seqlens_k: Tensor, seqused_k: Tensor | None, block_table: Tensor | None, k: Tensor
+) -> Tensor:
+    """`[num_seqs]` int64, never more than a sequence has memory for."""
+    capacity = (cu_seqlens_k[1:] - cu_seqlens_k[:-1]).long()
+    if block_table is None:
+        return capacity if seqused_k is None else capacity.minimum(seqused_k)
+    live = capacity if seqused_k is None else seqused_k.long()
+    return live.clamp(max=block_table.shape[1] * k.shape[1])
 
 
 def _rows(

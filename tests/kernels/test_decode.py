@@ -6,6 +6,7 @@ refuses, in test_decode_launch.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -131,7 +132,7 @@ def test_the_cases_cover_the_launches() -> None:
     kinds = {(x.num_splits > 1, x.num_row_blocks > 1) for x in launches}
     assert kinds == {(False, False), (False, True), (True, False), (True, True)}
     assert {x.BLOCK_M for x in launches} == {16, 32, 64}
-    assert {x.BLOCK_N for x in launches} == {16, 32, 64}
+    assert {x.BLOCK_N for x in launches} == {16, 32}
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -188,13 +189,45 @@ def test_any_number_of_splits(device, monkeypatch, multiprocessors: int) -> None
 
 
 def test_more_splits_than_are_combined_at_once(device, monkeypatch) -> None:
-    """Splits of the least size: 79 of the longest sequence, 64 and 1 of the others."""
-    lengths = [5000, 4096, 63]
+    """Splits of the least size: 79 of the longest sequence, 16 and 1 of the others."""
+    lengths = [79 * 32 - 1, 16 * 32, 31]
     batch = random_varlen([1, 1, 1], lengths, num_heads=2, num_kv_heads=1, d=16, device=device)
-    batch.k[4096:5000] *= 3  # so that the maximum rises behind the first 64
+    batch.k[16 * 32 : 79 * 32 - 1] *= 3  # so that the maximum rises behind the first 16
     monkeypatch.setattr(decode, "num_multiprocessors", lambda _: 1000)
-    assert decode_workspace(batch.q, batch.v, 3, 1, 5000).numel() == 79 * 3 * 2 * 17
+    assert decode_workspace(batch.q, batch.v, 3, 1, lengths[0]).numel() == 79 * 3 * 2 * 17
     assert_decode_accurate(run_decode(varlen_decode, batch), batch)
+
+
+def test_many_sequences_of_unequal_length(device) -> None:
+    """Some empty, one long."""
+    num_seqs = 31
+    used = [(37 * i) % 50 for i in range(num_seqs)]
+    used[num_seqs // 2] = 700
+    capacities = [n + i % 3 for i, n in enumerate(used)]
+    shapes: dict[str, Any] = dict(num_heads=2, num_kv_heads=1, d=16, device=device)
+    batch = random_varlen([1] * num_seqs, capacities, used=used, **shapes)
+    actual = run_decode(varlen_decode, batch)
+    assert_decode_accurate(actual, batch)
+    assert_identical(run_decode(varlen_decode, batch), actual)
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_no_length_is_believed_beyond_its_memory(device, page_size: int | None) -> None:
+    """A segment that was filled too far gives what is in it, and nothing of its neighbour."""
+    shapes: dict[str, Any] = dict(lengths_q=[1, 1, 2], lengths_k=[48, 160, 64], device=device)
+    full = random_varlen(**shapes, used=[48, 160, 64], page_size=page_size)
+    if full.block_table is not None:
+        full.block_table = full.block_table[:, : 160 // 16]
+        full.seqused_k[0] = 48  # its table goes on with pages that nothing may read
+    expected = run_decode(varlen_decode, full)
+    beyond = full.seqused_k + torch.tensor([0, 9, 0], device=device).int()
+    if page_size is None:
+        beyond += torch.tensor([7, 0, 5000], device=device).int()
+    too_long = replace(full, seqused_k=beyond)
+    assert_identical(run_decode(varlen_decode, too_long), expected)
+    assert_identical(
+        run_decode(reference.varlen_decode, too_long), run_decode(reference.varlen_decode, full)
+    )
 
 
 @pytest.mark.parametrize(

@@ -89,18 +89,19 @@ def test_one_token_of_a_group_is_one_row_block() -> None:
 @pytest.mark.parametrize("n", [32768, 131072])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_one_prompt_fills_the_gpu(n: int, itemsize: int) -> None:
-    assert launch(n, itemsize=itemsize).num_splits * 8 >= 2 * H100
+    assert 0.9 * 2 * H100 <= launch(n, itemsize=itemsize).num_splits * 8 <= 1.1 * 2 * H100
 
 
 def test_short_caches_are_split_until_splits_are_short() -> None:
-    """After compression 1K tokens a head are the common case: 128 programs, not 8."""
-    assert launch(1024).num_splits * 8 >= 0.9 * H100
+    """After compression 1K tokens a head are the common case: 256 programs, not 8."""
+    assert launch(1024).num_splits * 8 >= 0.9 * 2 * H100
     assert launch(1024).split_size == launch(1).split_size
 
 
 def test_batches_need_few_splits() -> None:
     assert launch(1024, seqs=256).num_splits == 1
-    assert launch(2048, seqs=64).num_splits <= 4
+    assert launch(2048, seqs=64).num_splits == 1
+    assert launch(8192, seqs=16).num_splits == 2
 
 
 @pytest.mark.parametrize(("d", "n_q"), [(64, 1), (128, 16)])
@@ -136,7 +137,7 @@ def test_workspace_holds_a_row_and_its_lse_a_split(device: torch.device) -> None
     assert workspace.numel() == x.num_splits * 4 * 4 * 49
     assert x.num_splits > 1
     assert workspace.dtype == torch.float32
-    assert decode_workspace(batch.q, batch.v, 2, 3, 40).numel() == 0
+    assert decode_workspace(batch.q, batch.v, 2, 3, 30).numel() == 0
 
 
 @pytest.fixture
@@ -155,8 +156,11 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorder]:
 
 
 @pytest.mark.parametrize("page_size", [None, 16])
-def test_the_host_reads_and_allocates_nothing(recorders, page_size: int | None) -> None:
+def test_the_host_reads_and_allocates_nothing(
+    recorders, monkeypatch: pytest.MonkeyPatch, page_size: int | None
+) -> None:
     """Tensors without values, on the device `meta`, do: a step may be captured in a CUDA graph."""
+    monkeypatch.setattr(decode, "num_multiprocessors", lambda _: 10)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
