@@ -2,7 +2,7 @@
 
 Each function here has its Triton twin of the same name and signature in `kernels/`; the tests hold
 the twins to these. Clarity first: these loop over sequences (never over tokens), sync, and
-materialise what the kernels never do.
+materialise what the kernels never do. Steps of the recipe are those of docs/recipe.md.
 """
 
 from __future__ import annotations
