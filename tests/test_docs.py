@@ -16,6 +16,10 @@ PAGES = sorted(
 )
 FOLDERS = ("kernels", "integrations", "vlcache_triton", "examples", "tests", "benchmarks")
 SOURCES = sorted({file.resolve() for name in FOLDERS for file in (ROOT / name).rglob("*.py")})
+EVERY_TEXT = sorted(
+    {*PAGES, ROOT / "README.md"}
+    | {file.resolve() for name in FOLDERS for file in (ROOT / name).rglob("*.md")}
+)
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 # Names of other libraries, and shapes' letters.
 WRITTEN = {"gpu_report.md", ".venv/bin/activate"}  # by a command, not kept
@@ -65,7 +69,7 @@ def exists(path: str, page: Path) -> bool:
     )
 
 
-@every_page
+@pytest.mark.parametrize("page", EVERY_TEXT, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     targets = [t for t in re.findall(r"\]\(([^)\s]+)\)", prose(page)) if "://" not in t]
     for target in targets:
