@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from numbers import Integral, Real
+from typing import Any, Literal, TypeGuard, get_args
 
 Allocation = Literal["sparsity", "uniform", "pyramid"]
 Granularity = Literal["kv_head", "layer"]
@@ -15,8 +16,9 @@ class VLCacheConfig:
 
     Args:
         budget: share of the prompt's KV cache that is kept over all layers, a float in (0, 1];
-            or an int >= 1, the mean number of tokens kept a layer. 1.0 is lossless: nothing is
-            scored, moved or dropped. (The paper's α.)
+            or an int >= 2, the mean number of tokens kept a layer. 1.0 is lossless: nothing is
+            scored, moved or dropped. The int 1 is refused: it nearly always is a mistake for 1.0.
+            (The paper's α.)
         threshold: p of the ThresholdFilter (eq. 1), in (0, 1): an attention entry counts as zero
             below p times the maximum of its row.
         recent_fraction: share of a layer's budget that is forced to the most recent tokens,
@@ -50,37 +52,37 @@ class VLCacheConfig:
     text_window: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.budget, bool) or not isinstance(self.budget, (int, float)):
-            raise _invalid("budget", self.budget, "a float in (0, 1] or an int >= 1")
-        if isinstance(self.budget, int) and self.budget < 1:
-            raise _invalid("budget", self.budget, "an int >= 1 (tokens a layer)")
-        if isinstance(self.budget, float) and not 0 < self.budget <= 1:
-            raise _invalid("budget", self.budget, "a float in (0, 1] or an int >= 1")
-        if not 0 < self.threshold < 1:
+        """Check each field by its name, and turn numbers of other kinds (NumPy's) into Python's."""
+        self._set("budget", _budget(self.budget))
+        if not _is_number(self.threshold) or not 0 < self.threshold < 1:
             raise _invalid("threshold", self.threshold, "a float in (0, 1)")
-        if not 0 <= self.recent_fraction <= 1:
-            raise _invalid("recent_fraction", self.recent_fraction, "a float in [0, 1]")
-        if not 0 <= self.min_layer_budget <= 1:
-            raise _invalid("min_layer_budget", self.min_layer_budget, "a float in [0, 1]")
-        if not self.min_layer_budget <= self.max_layer_budget <= 1:
+        for name in ("recent_fraction", "min_layer_budget", "max_layer_budget"):
+            share = getattr(self, name)
+            if not _is_number(share) or not 0 <= share <= 1:
+                raise _invalid(name, share, "a float in [0, 1]")
+        for name in ("threshold", "recent_fraction", "min_layer_budget", "max_layer_budget"):
+            self._set(name, float(getattr(self, name)))
+        if self.min_layer_budget > self.max_layer_budget:
             raise _invalid(
                 "max_layer_budget", self.max_layer_budget, "a float in [min_layer_budget, 1]"
             )
-        if self.allocation not in get_args(Allocation):
-            raise _invalid("allocation", self.allocation, f"one of {get_args(Allocation)}")
-        if self.granularity not in get_args(Granularity):
-            raise _invalid("granularity", self.granularity, f"one of {get_args(Granularity)}")
-        smoothing = self.smoothing
-        if isinstance(smoothing, bool) or not isinstance(smoothing, int) or smoothing < 1:
-            raise _invalid("smoothing", smoothing, "an odd int >= 1")
-        if smoothing % 2 == 0:
-            raise _invalid("smoothing", smoothing, "an odd int >= 1")
+        for name, words in (("allocation", Allocation), ("granularity", Granularity)):
+            word = getattr(self, name)
+            if not isinstance(word, str) or word not in get_args(words):
+                raise _invalid(name, word, f"one of {get_args(words)}")
+        if not _is_int(self.smoothing) or self.smoothing < 1 or self.smoothing % 2 == 0:
+            raise _invalid("smoothing", self.smoothing, "an odd int >= 1")
+        self._set("smoothing", int(self.smoothing))
         for name in ("max_query_rows", "text_window"):
             value = getattr(self, name)
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int) or value < 1
-            ):
+            if value is None:
+                continue
+            if not _is_int(value) or value < 1:
                 raise _invalid(name, value, "None or an int >= 1")
+            self._set(name, int(value))
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # the class is frozen
 
     @classmethod
     def tuned(cls, budget: float | int = 0.1, **choices: Any) -> VLCacheConfig:
@@ -102,6 +104,28 @@ class VLCacheConfig:
     def is_lossless(self) -> bool:
         """True at budget 1.0, where the cache is left exactly as it is."""
         return isinstance(self.budget, float) and self.budget == 1.0
+
+
+def _budget(budget: object) -> float | int:
+    if _is_int(budget):
+        if budget == 1:
+            raise ValueError(
+                "budget: got the int 1, one token a layer, expected 1.0 (the whole cache),"
+                " a share such as 0.1, or an int >= 2 (tokens a layer)"
+            )
+        if budget >= 2:
+            return int(budget)
+    elif _is_number(budget) and 0 < budget <= 1:
+        return float(budget)
+    raise _invalid("budget", budget, "a float in (0, 1] or an int >= 2 (tokens a layer)")
+
+
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _invalid(name: str, got: object, expected: str) -> ValueError:

@@ -70,7 +70,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         settings = replace(settings, config=_config(PREFIX + "CONFIG", _json_fields(text)))
     for name, field in names.items():
         if (text := environ.get(name)) is not None:
-            chosen = {field: _scalar(name, text)}
+            chosen = {field: _scalar(text)}
             settings = replace(settings, config=_config(name, chosen, settings.config))
     if (text := environ.get(PREFIX + "PACK")) is not None:
         if text not in ("0", "1"):
@@ -98,13 +98,8 @@ def _json_fields(text: str) -> dict[str, Any]:
     return chosen
 
 
-def _scalar(name: str, text: str) -> Any:
+def _scalar(text: str) -> Any:
     """A number, null, or else the text itself."""
-    if name == PREFIX + "BUDGET" and text == "1":
-        raise ValueError(
-            f"{name}: got '1', expected 1.0 (the whole cache), a share such as 0.1,"
-            " or a number of tokens above 1"
-        )
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -116,5 +111,5 @@ def _config(
 ) -> VLCacheConfig:
     try:
         return replace(start or VLCacheConfig(), **chosen)
-    except (ValueError, TypeError) as error:  # TypeError: a word where a number is due
+    except ValueError as error:
         raise ValueError(f"{variable}: {error}") from error

@@ -22,7 +22,7 @@ from vlcache_triton.report import CompressionReport
 from vlcache_triton.streaming import StreamingCompressor
 
 from .layers import VLCacheLayer, WindowLayer
-from .support import check_config, layer_types, window_of
+from .support import check_choices, check_config, layer_types, window_of
 
 if TYPE_CHECKING:
     from .graph import DecodeGraphs
@@ -51,6 +51,7 @@ class VLCache(Cache):
         graphs: whose captured steps decode on this cache; even a whole prompt is packed then.
 
     Raises:
+        ValueError: for what is no configuration or policy.
         NotImplementedError: for models that VL-Cache is not defined on, and for another policy
             with streaming, which is exact for VL-Cache's budgets alone.
     """
@@ -68,10 +69,8 @@ class VLCache(Cache):
     ) -> None:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: got {max_new_tokens}, expected an int >= 1")
-        if streaming and policy is not VL_CACHE:
-            raise NotImplementedError(
-                f"streaming: got True with the policy {policy.name!r}, expected it with VL-Cache's"
-            )
+        config = VLCacheConfig() if config is None else config
+        check_choices(config, policy, streaming)
         check_config(model_config)
         text_config = model_config.get_text_config(decoder=True)
         layers: list[Any] = []
@@ -86,7 +85,7 @@ class VLCache(Cache):
                 layers.append(WindowLayer(self, len(self._window_layers), self._window))
                 self._window_layers.append(layers[-1])
         super().__init__(layers=layers)
-        self.config, self.policy = policy.configure(config or VLCacheConfig()), policy
+        self.config, self.policy = policy.configure(config), policy
         self.backend_name: BackendName = backend
         self.head_room = min(max_new_tokens, MAX_HEAD_ROOM)
         self.streaming, self.graphs = streaming, graphs

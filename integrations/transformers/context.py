@@ -21,7 +21,7 @@ from .attention import NAME, prefilling, register
 from .cache import MAX_HEAD_ROOM, VLCache
 from .generate import check_stopping, lean_loop, static_warpers
 from .graph import DecodeGraphs, graphed_forward
-from .support import check_generate, check_lean, check_mode, check_model
+from .support import check_choices, check_generate, check_lean, check_mode, check_model
 
 
 class Session:
@@ -30,6 +30,7 @@ class Session:
     config: the choices of compression.
     cache: the VLCache of the latest prompt, None before the first.
     generating: that of the `generate` that is running.
+    is_open: False once the block has ended; the report stays.
     graphs: the captured decode steps.
     """
 
@@ -44,6 +45,7 @@ class Session:
     ) -> None:
         self.model, self.config, self.policy, self.backend = model, config, policy, backend
         self.streaming = streaming
+        self.is_open = True  # until the block ends
         self.cache: VLCache | None = None
         self.generating: VLCache | None = None
         self.graphs = DecodeGraphs(model.device, can_capture=cuda_graph)
@@ -51,7 +53,12 @@ class Session:
         self._forward = model.forward
 
     def new_cache(self, max_new_tokens: int = MAX_HEAD_ROOM) -> VLCache:
-        """An empty cache to hand over as `past_key_values`, for manual loops and dialogues."""
+        """An empty cache to hand over as `past_key_values`, for manual loops and dialogues.
+
+        Raises:
+            ValueError: after the block, where the model would not compress it.
+        """
+        self._check_open("new_cache")
         self.cache = VLCache(
             self.model.config,
             self.config,
@@ -84,13 +91,21 @@ class Session:
 
         Raises:
             NotImplementedError: for what the lean loop does not do, before any work.
+            ValueError: after the block, which the loop decodes in.
         """
+        self._check_open("generate")
         check_lean(self.model, kwargs)
         static_warpers(kwargs.get("logits_processor") or [])
         check_stopping(kwargs.get("stopping_criteria") or [])
         loop = lean_loop(self.graphs, self._forward, on_tokens)
         generate: Any = self.model.generate
         return generate(**kwargs, custom_generate=loop)
+
+    def _check_open(self, name: str) -> None:
+        if not self.is_open:
+            raise ValueError(
+                f"session.{name}: got a call after its vl_cache block, expected one inside"
+            )
 
 
 @contextmanager
@@ -121,11 +136,13 @@ def vl_cache(
 
     Raises:
         NotImplementedError: for models on which VL-Cache is not defined.
-        ValueError: for choices out of range, and for a model that is inside a block already.
+        ValueError: for choices out of range or of another type, and for a model that is inside a
+            block already.
     """
     if config is not None and choices:
         raise ValueError(f"config: got a VLCacheConfig and {sorted(choices)}, expected one of them")
-    config = config or VLCacheConfig(**choices)
+    config = VLCacheConfig(**choices) if config is None else config
+    check_choices(config, policy, streaming)
     if not (isinstance(model, PreTrainedModel) and model.can_generate()):
         raise ValueError(f"model: got {type(model).__name__}, expected one that can generate")
     check_model(model)
@@ -142,6 +159,7 @@ def vl_cache(
     session = Session(model, config, policy, backend, cuda_graph, streaming)
     register()
     with ExitStack() as undo:
+        undo.callback(setattr, session, "is_open", False)
         _override(model, "generate", _checked_generate(model, session), undo)
         _override(model, "generate_batch", _refuse_generate_batch, undo)
         prepare = _prepare_cache(model._prepare_cache_for_generation, session)

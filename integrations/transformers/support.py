@@ -8,6 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
+from vlcache_triton import VLCacheConfig
+from vlcache_triton.policies import VL_CACHE, Policy
 from vlcache_triton.prompt import left_pads
 
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
@@ -91,6 +93,27 @@ def window_of(text_config: PreTrainedConfig) -> tuple[int, bool]:
         text_config.attention_chunk_size if is_chunked else text_config.sliding_window,
         is_chunked,
     )
+
+
+def check_choices(config: Any, policy: Any, streaming: bool) -> None:
+    """Refuse what is not a configuration or a policy, and policies that cannot stream.
+
+    Raises:
+        NotImplementedError, ValueError: naming the argument.
+    """
+    if not isinstance(config, VLCacheConfig):
+        raise ValueError(
+            f"config: got {config!r}, expected a VLCacheConfig (a share goes by its name:"
+            " budget=0.1)"
+        )
+    if not isinstance(policy, Policy):
+        raise ValueError(
+            f"policy: got {policy!r}, expected a Policy, such as vlcache_triton.policies.snapkv()"
+        )
+    if streaming and policy is not VL_CACHE:
+        raise NotImplementedError(
+            f"streaming: got True with the policy {policy.name!r}, expected it with VL-Cache's"
+        )
 
 
 def check_config(config: PreTrainedConfig) -> None:

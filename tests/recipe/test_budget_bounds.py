@@ -22,7 +22,7 @@ def problems(draw):
         budget=draw(
             st.one_of(
                 st.floats(0.02, 0.9),
-                st.integers(1, 3000),
+                st.integers(2, 3000),
                 st.sampled_from([0.1, 0.25, 0.5, 0.75, 1.0]),
             )
         ),

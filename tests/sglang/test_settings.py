@@ -30,9 +30,10 @@ def test_every_field_has_a_variable_and_they_win_over_the_json():
     "environ, message",
     [
         ({"VLCACHE_BUGDET": "0.1"}, "VLCACHE_BUGDET: got a variable of that name"),
-        ({"VLCACHE_BUDGET": "1"}, "VLCACHE_BUDGET: got '1', expected 1.0"),
+        ({"VLCACHE_BUDGET": "1"}, "VLCACHE_BUDGET: budget: got the int 1"),
         ({"VLCACHE_BUDGET": "1.5"}, "VLCACHE_BUDGET: budget: got 1.5"),
-        ({"VLCACHE_THRESHOLD": "often"}, "VLCACHE_THRESHOLD: "),
+        ({"VLCACHE_CONFIG": '{"budget": 1}'}, "VLCACHE_CONFIG: budget: got the int 1"),
+        ({"VLCACHE_THRESHOLD": "often"}, "VLCACHE_THRESHOLD: threshold: got 'often'"),
         ({"VLCACHE_ALLOCATION": "fair"}, "VLCACHE_ALLOCATION: allocation: got 'fair'"),
         ({"VLCACHE_CONFIG": "{budget: 1}"}, "VLCACHE_CONFIG: got"),
         ({"VLCACHE_CONFIG": '{"alpha": 0.1}'}, "VLCACHE_CONFIG: got"),

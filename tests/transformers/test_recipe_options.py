@@ -29,7 +29,7 @@ OPTIONS = {
     "bounds": dict(min_layer_budget=0.38, max_layer_budget=0.45),
     "small": dict(budget=0.1),
     "tokens": dict(budget=10),
-    "one token": dict(budget=1),
+    "one token": dict(budget=1e-9, min_layer_budget=0.0),
     "more tokens than there are": dict(budget=1000),
     "almost all": dict(budget=0.99),
 }

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from checks import GREEDY, assert_same_run, nothing_computed
 from families import LONG, SHORT, build
 from transformers import DynamicCache
 
-from vlcache_triton.integrations.transformers import vl_cache
+from vlcache_triton.integrations.transformers import VLCache, vl_cache
+from vlcache_triton.policies import snapkv
 
 REFUSED = (NotImplementedError, ValueError)
+LEAN = dict(max_new_tokens=4, do_sample=False)
 
 ARGUMENTS = {
     "assistant_model": dict(assistant_model=...),
@@ -117,12 +121,51 @@ def test_a_crop_of_a_compressed_cache(family):
         (dict(budget=1.5), "budget"),
         (dict(backend="cuda"), "backend"),
         (dict(granularity="head"), "granularity"),
+        (dict(threshold="often"), "threshold"),
+        (dict(config=0.1), "config: got 0.1, expected a VLCacheConfig"),
+        (dict(config=0.0), "config: got 0.0"),
+        (dict(config={"budget": 0.1}), "config: got {"),
+        (dict(policy="snapkv"), "policy: got 'snapkv', expected a Policy"),
+        (dict(policy=snapkv), "policy: got <function snapkv"),
+        (dict(policy=None), "policy: got None"),
+        (dict(policy=snapkv(), streaming=True), "streaming: got True with the policy 'snapkv'"),
     ],
 )
 def test_a_bad_configuration(family, arguments, name):
-    refused = pytest.raises(ValueError, match=name)
+    refused = pytest.raises(REFUSED, match=f"^{re.escape(name)}")
     with nothing_computed(family.model), refused, vl_cache(family.model, **arguments):
         pytest.fail("the block was entered")
+
+
+def test_a_share_without_its_name(family):
+    with (
+        pytest.raises(ValueError, match=r"^config: got 0.1, .*budget=0.1"),
+        vl_cache(family.model, 0.1),
+    ):
+        pytest.fail("the block was entered")
+
+
+@pytest.mark.parametrize("choices", [dict(config=0.1), dict(policy="snapkv")])
+def test_a_cache_of_a_bad_configuration(family, choices):
+    (name,) = choices
+    with pytest.raises(ValueError, match=f"^{name}: got"):
+        VLCache(family.model.config, **choices)
+
+
+def test_a_session_after_its_block(family):
+    """Its report stays, but the model no longer compresses."""
+    inputs = family.inputs(LONG)
+    with vl_cache(family.model, budget=0.4) as session:
+        expected = session.generate(**inputs, **LEAN)
+    with nothing_computed(family.model):
+        for call in (lambda: session.generate(**inputs, **LEAN), session.new_cache):
+            with pytest.raises(ValueError, match=r"^session\.\w+: got a call after its vl_cache"):
+                call()
+        with vl_cache(family.model, budget=0.2), pytest.raises(ValueError, match=r"^session\."):
+            session.generate(**inputs, **LEAN)
+    assert session.report().budget == 0.4
+    with vl_cache(family.model, budget=0.4) as session:
+        assert torch.equal(session.generate(**inputs, **LEAN), expected)
 
 
 def test_a_second_vl_cache_on_the_same_model(family):
