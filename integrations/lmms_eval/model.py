@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlcache_triton import VLCacheConfig
 from vlcache_triton.formreader import chat
+from vlcache_triton.images import read_image
 from vlcache_triton.integrations.transformers import vl_cache
 from vlcache_triton.policies import POLICIES, VL_CACHE
 
@@ -140,7 +141,7 @@ class VLCacheModel(lmms):
         if mark and mark in context:
             raise NotImplementedError(f"context: got {mark} in it, expected none: images go first")
         inputs = self.processor.apply_chat_template(
-            chat([image.convert("RGB") for image in images], [context]),
+            chat([read_image(image) for image in images], [context]),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,

@@ -59,12 +59,12 @@ def test_later_turns_are_the_continuation(form_reader):
 
 def test_own_items_are_read(tmp_path):
     several = GOOD | {"image": ["a.png", "a.png"]}
-    items = list(read_items(write(tmp_path, GOOD, "", several), 7))
+    items = read_items(write(tmp_path, GOOD, "", several), 7)
     assert [item.index for item in items] == [0, 2]
     assert [len(item.images) for item in items] == [1, 2]
     assert items[0].turns == ("What?",) and items[0].answers == ("this", "that")
     assert items[0].max_new_tokens == 7 and items[0].suite == "questions"
-    by_name = list(read_items(tmp_path / "questions.jsonl", 7))
+    by_name = read_items(tmp_path / "questions.jsonl", 7)
     assert [item.turns for item in by_name] == [item.turns for item in items]
 
 
@@ -82,9 +82,24 @@ def test_own_items_are_read(tmp_path):
 )
 def test_a_bad_line_is_named(tmp_path, line, message):
     with pytest.raises(ValueError, match=message):
-        list(read_items(write(tmp_path, GOOD, line), 7))
+        read_items(write(tmp_path, GOOD, line), 7)
 
 
-def test_a_missing_image_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"b\.png"):
-        list(read_items(write(tmp_path, GOOD | {"image": "b.png"}), 7))
+@pytest.mark.parametrize("name", ["missing.png", "questions.jsonl"])
+def test_an_image_that_cannot_be_read_is_named_with_its_line(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"line 2: image: cannot read '.*{name}': "):
+        read_items(write(tmp_path, GOOD, GOOD | {"image": ["a.png", name]}), 7)
+
+
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_a_file_without_questions(tmp_path, text):
+    with pytest.raises(ValueError, match=r"^questions\.jsonl: got no question"):
+        read_items(write(tmp_path, text), 7)
+
+
+def test_marks_that_editors_leave(tmp_path):
+    """A byte order mark, carriage returns, and what Python alone takes for the end of a line."""
+    line = json.dumps(GOOD | {"question": "One\u2028two?"}, ensure_ascii=False)
+    write(tmp_path)
+    (tmp_path / "questions.jsonl").write_bytes(f"\ufeff{line}\r\n{line}\r\n".encode())
+    assert [item.turns for item in read_items(tmp_path, 7)] == [("One\u2028two?",)] * 2

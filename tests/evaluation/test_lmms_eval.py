@@ -12,8 +12,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vlcache_triton import VLCacheConfig
 from vlcache_triton.formreader import chat, draw_dialogue, encode_chats, render
@@ -157,6 +159,19 @@ def test_the_full_cache_answers_right_and_keeps_everything(lmms_model, forms):
     assert model.kept_shares == [1.0] * len(forms)
 
 
+def test_a_picture_is_read_as_the_command_line_reads_it(lmms_model, forms):
+    """16-bit grey, and a photograph on its side: both used to be answered wrongly."""
+    model = make(lmms_model, policy="full")
+    (doc,) = forms[:1]
+    grey = np.asarray(doc["image"].convert("L")).astype(np.uint16) * 257
+    turned = doc["image"].transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[0x0112] = 6  # to be shown a quarter clockwise
+    expected = model.encode([doc["image"].convert("L")], "?")["pixel_values"]
+    assert torch.equal(model.encode([Image.fromarray(grey)], "?")["pixel_values"], expected)
+    expected = model.encode([doc["image"]], "?")["pixel_values"]
+    assert torch.equal(model.encode([turned], "?")["pixel_values"], expected)
+
+
 def test_a_prompt_without_images_is_left_whole(lmms_model, forms):
     model = make(lmms_model)
     assert len(ask(model, forms[:1], visuals=lambda doc: [])) == 1
@@ -222,6 +237,7 @@ def test_lmms_eval_finds_it(lmms_model):
     [
         ({"policy": "snap"}, "policy: got 'snap'"),
         ({"budget": 1.5}, "budget: got 1.5"),
+        ({"budget": 1}, "budget: got the int 1"),
         ({"budget": "many"}, "budget: got 'many'"),
         ({"batch_size": "auto"}, "batch_size: got 'auto', expected 1"),
         ({"dtype": "Tensor"}, "dtype: got 'Tensor'"),

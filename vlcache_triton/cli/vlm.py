@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import is_torchvision_available, logging
 
 from vlcache_triton import VLCacheConfig
 from vlcache_triton.formreader import chat, load_form_reader
+from vlcache_triton.images import read_image
 from vlcache_triton.integrations.transformers import vl_cache
 from vlcache_triton.report import CompressionReport
 
@@ -179,20 +180,13 @@ def _missing_torchvision(error: Exception) -> str | None:
 
 
 def open_images(paths: Sequence[Path]) -> list[Image.Image]:
-    """The images, upright, in RGB.
+    """The images as `read_image` reads them.
 
     Raises:
         UserError: naming the file that cannot be read as an image.
     """
-    images = []
-    for path in paths:
-        try:
-            with Image.open(path) as file:
-                images.append(ImageOps.exif_transpose(file).convert("RGB"))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            raise UserError(f"image: cannot read {str(path)!r}: {one_line(str(reason))}") from error
-    return images
+    with _refusals():
+        return [read_image(path) for path in paths]
 
 
 def _dense_bytes(cache: Any, prompt_length: int) -> int:

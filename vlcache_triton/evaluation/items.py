@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from vlcache_triton.formreader import Task, chat, draw_dialogue, encode_chats, render
+from vlcache_triton.images import read_image
 
 from .decode import Query
 
@@ -41,8 +42,9 @@ SUITES = (
 
 @dataclass(frozen=True)
 class Item:
-    """A question. suite: what it is counted under; index: which one of the suite; images: for the
-    processor; turns: the questions so far; replies: to all but the last; answers: any is right."""
+    """A question. suite: what it is counted under; index: which one of the suite; images: pictures,
+    or the files that hold them (read_image takes both); turns: the questions so far; replies: to
+    all but the last; answers: any is right."""
 
     suite: str
     index: int
@@ -79,29 +81,38 @@ def encode_form(processor: Any, item: Item, device: torch.device) -> Query:
     return Query(dict(first.to(device)), ids[length:])
 
 
-def read_items(path: Path, max_new_tokens: int) -> Iterator[Item]:
+def read_items(path: Path, max_new_tokens: int) -> list[Item]:
     """A user's own questions, from JSON Lines: {"image": ..., "question": ..., "answers": [...]}.
+
+    Every image is read once, to see that it can be, and let go of again.
 
     Args:
         path: the file, or a folder with a `questions.jsonl`. An image (or a list of them) is named
             relative to it.
 
     Raises:
-        ValueError: naming the line and what is wrong with it.
-        OSError: where a file cannot be read.
+        ValueError: naming the line and what is wrong with it, or where there is no question.
+        OSError: where the file of questions cannot be read.
     """
-    from PIL import Image, ImageOps
-
     path = path / "questions.jsonl" if path.is_dir() else path
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    items: list[Item] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
-        names, question, answers = _read_line(f"{path.name}, line {number}", line)
-        images = []
-        for name in names:
-            with Image.open(path.parent / name) as file:
-                images.append(ImageOps.exif_transpose(file).convert("RGB"))
-        yield Item(path.stem, number - 1, images, (question,), (), answers, max_new_tokens)
+        place = f"{path.name}, line {number}"
+        names, question, answers = _read_line(place, line)
+        images = [path.parent / name for name in names]
+        for image in images:
+            try:
+                read_image(image)
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from error
+        items.append(
+            Item(path.stem, number - 1, images, (question,), (), answers, max_new_tokens)
+        )
+    if not items:
+        raise ValueError(f"{path.name}: got no question, expected an object a line")
+    return items
 
 
 def _read_line(place: str, line: str) -> tuple[Sequence[str], str, tuple[str, ...]]:
