@@ -7,6 +7,7 @@ white, and what is transparent becomes whatever colour lies beneath, mostly blac
 from __future__ import annotations
 
 from os import PathLike
+from typing import cast
 
 from PIL import Image, ImageOps
 
@@ -48,7 +49,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _scaled(grey: Image.Image) -> Image.Image:
     """Grey of 16 bits in 8. Pillow also opens it as 32 bits, by the format and its own version."""
     wide = grey.convert("I") if grey.mode.startswith("I") else grey
-    low, high = wide.getextrema()
+    low, high = cast(tuple[float, float], wide.getextrema())
     if wide.mode != "I" or low < 0 or high > 65535:
         raise ValueError(
             f"got grey of 32 bits from {low:g} to {high:g}, whose white is unknown; expected 8 or"

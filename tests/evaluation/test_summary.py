@@ -64,9 +64,21 @@ def test_the_page_shows_full_cache_curves_and_ablation():
     assert "| vl_cache | 0.500 | 0.500 |" in page
     assert "| uniform layers | all-row scores | 0.500 (0.095 to 0.905) |" in page
     assert page.count("## Suite: ") == 2 and "## All suites" in page
-    small = page[page.index("## Small budgets") : page.index("## Ablation")]
-    assert "| vl_cache | 0.500 (0.095 to 0.905) | 0.500 (0.095 to 0.905) |  |" in small
+    small = page[page.index("## Every policy") : page.index("## Ablation")]
+    assert "| vl_cache | 0.500 (0.095 to 0.905) | 0.500 (0.095 to 0.905) |\n" in small
     assert "all rows" not in small and "full |" not in small
+
+
+@pytest.mark.parametrize(("budget", "heading"), [(0.1, "10%"), (0.3, "30%"), (0.125, "12.5%")])
+def test_the_tables_of_one_budget_show_that_budget_only(budget, heading):
+    """Whether it is one of those that the tables of many budgets are cut to, or another."""
+    variants = ("vl_cache", "snapkv", "all rows, uniform")
+    rows = [row("full", 1.0, True, 1.0), *(row(name, budget, True, 1.0) for name in variants)]
+    page = report(summarise([{**result("s", 0, True, True), "rows": rows}]), {})
+    heads = [line for line in page.splitlines() if line.startswith(("| kept", "| layers"))]
+    assert len(heads) == 2 + 4  # every policy, the ablation, four curves
+    assert set(heads) == {f"| kept | {heading} |", f"| layers | scores | {heading} |"}
+    assert "| snapkv | 1.000 (0.207 to 1.000) |" in page
 
 
 def test_the_page_of_what_only_the_full_cache_was_asked():

@@ -4,25 +4,48 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
+from vlcache_triton import __version__
+
 from .console import UserError, one_line
 from .demo import demo
+from .env import env
 from .eval import evaluate
 from .generate import generate
 from .inspect import inspect
 
 app = typer.Typer(
     name="vlcache",
-    help="VL-Cache: vision-language models that answer from a compressed KV cache.",
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # the others keep a docstring's line ends
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (demo, generate, inspect):
     app.command()(command)
 app.command("eval")(evaluate)
+app.command()(env)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"vlcache-triton {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """VL-Cache: vision-language models that answer from a compressed KV cache."""
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -12,21 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from vlcache_triton import VLCacheConfig
-
 BAR_WIDTH = 16
 
 
 class UserError(Exception):
     """Something the user can put right. Its text is the one line that is shown."""
-
-
-def checked_config(budget: float) -> VLCacheConfig:
-    """The paper's recipe at this budget, checked before anything slow is done."""
-    try:
-        return VLCacheConfig(budget=budget)
-    except ValueError as error:
-        raise UserError(f"budget: got {budget:g}, expected a share in (0, 1]") from error
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from operator import eq
 from pathlib import Path
@@ -11,8 +12,21 @@ import typer
 
 from vlcache_triton import VLCacheConfig
 
-from .console import UserError, checked_config, print_json, progress, waiting
+from .console import UserError, print_json, progress, waiting
 from .demo_tables import print_demo
+from .options import (
+    BudgetOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    PolicyName,
+    PolicyOption,
+    Preset,
+    PresetOption,
+    StreamingOption,
+    checked_config,
+)
 
 if TYPE_CHECKING:
     from vlcache_triton.formreader import Task
@@ -25,15 +39,26 @@ SWEEP = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
 
 
 def demo(
-    budget: Annotated[
-        float, typer.Option(help="Share of the KV cache to keep, in (0, 1].")
-    ] = DEFAULT_BUDGET,
-    questions: Annotated[int, typer.Option(min=1, max=100, help="How many to ask.")] = 5,
-    seed: Annotated[int, typer.Option(help="Another seed is another page.")] = DEFAULT_SEED,
-    fields: Annotated[int, typer.Option(min=1, max=144, help="Fields on the page.")] = 8,
-    out: Annotated[Path, typer.Option(help="Where to write the page.")] = Path("vlcache-demo.png"),
+    budget: BudgetOption = DEFAULT_BUDGET,
+    policy: PolicyOption = PolicyName.vl_cache,
+    preset: PresetOption = Preset.paper,
+    streaming: StreamingOption = False,
+    questions: Annotated[
+        int, typer.Option(min=1, max=100, metavar="N", help="How many to ask.")
+    ] = 5,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Another seed is another page.")
+    ] = DEFAULT_SEED,
+    fields: Annotated[
+        int, typer.Option(min=1, max=144, metavar="N", help="Fields on the page.")
+    ] = 8,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the page.")] = Path(
+        "vlcache-demo.png"
+    ),
     sweep: Annotated[bool, typer.Option("--sweep", help="Show where answers break.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.auto,
+    json: JsonOption = False,
 ) -> None:
     """Draw a form, ask the embedded model about it; answer from the full and a smaller KV cache.
 
@@ -41,7 +66,7 @@ def demo(
     are those of the prompt's cache: generated tokens are never compressed. Seconds are of prefill,
     compression and decoding together.
     """
-    config = checked_config(budget)
+    config = checked_config(budget, preset, policy, streaming)
     with waiting("starting"):
         from vlcache_triton.formreader import MAX_ANSWER_TOKENS, draw_dialogue, render
 
@@ -57,17 +82,18 @@ def demo(
     except OSError as error:
         raise UserError(f"out: cannot write {str(out)!r}: {error.strerror or error}") from error
 
-    vlm = VisionLanguageModel(None)
+    vlm = VisionLanguageModel(None, device=device, dtype=dtype.value)
+    ask = functools.partial(vlm.answer, policy=policy.load(), streaming=streaming)
     lossless = VLCacheConfig(budget=1.0)
-    swept = [VLCacheConfig(budget=b) for b in SWEEP if sweep]
+    swept = [checked_config(b, preset, policy) for b in SWEEP if sweep]
     answers: dict[VLCacheConfig, list[Answer]] = {c: [] for c in (lossless, config, *swept)}
     with progress("answering", len(answers) * questions) as steps:
         for question in dialogue.questions:
             inputs = vlm.encode([page], question.text)
             for choice, given in answers.items():
                 if not given:  # the first call of a path pays for imports and compilation
-                    vlm.answer(inputs, choice, 2)
-                given.append(vlm.answer(inputs, choice, MAX_ANSWER_TOKENS))
+                    ask(inputs, choice, 2)
+                given.append(ask(inputs, choice, MAX_ANSWER_TOKENS))
                 steps.advance(steps.task_ids[0])
 
     full, compressed = answers[lossless], answers[config]
@@ -76,6 +102,8 @@ def demo(
         "page": str(out),
         "seed": seed,
         "fields": fields,
+        "policy": policy.value,
+        "preset": preset.value,
         "questions": [
             {
                 "question": question.text,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json as json_module
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,40 +15,59 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from .console import UserError, one_line, print_json, progress
+from .options import DeviceOption, Dtype, DtypeOption, JsonOption, ModelOption
 
 if TYPE_CHECKING:
+    from vlcache_triton.evaluation import Item
+
     from .vlm import VisionLanguageModel
 
+# The names of vlcache_triton.evaluation.SUITES, which take torch to import.
+SUITE_NAMES = ("value", "field", "count", "next", "list", "value, 2 images", "value, 3 turns")
 QUICK_PAGES = 6
 QUICK_SUITES = ["value", "next", "value, 3 turns"]
 QUICK_BUDGETS = [0.05, 0.1, 0.2, 0.4]
+RESULTS, SETTINGS = "results.jsonl", "settings.json"
 
 #: (suite, index, how to evaluate it).
 Job = tuple[str, int, Callable[[], dict[str, Any]]]
 
 
 def evaluate(
-    model: Annotated[
-        str | None, typer.Option(help="A model of the hub, or its folder. [default: form-reader]")
-    ] = None,
+    model: ModelOption = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Your questions: a folder with questions.jsonl, or such a file."),
+        typer.Option(
+            metavar="FILE", help="Your questions: questions.jsonl, or the folder that has it."
+        ),
     ] = None,
-    pages: Annotated[int, typer.Option(min=1, help="Synthetic forms a suite.")] = 250,
+    pages: Annotated[int, typer.Option(min=1, metavar="N", help="Synthetic forms a suite.")] = 250,
     suite: Annotated[
-        list[str] | None, typer.Option(help="A suite; again for more. [default: all]")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"A suite of synthetic forms; again for more. {'; '.join(SUITE_NAMES)}.",
+            show_default="all",
+        ),
     ] = None,
     budget: Annotated[
         list[float] | None,
-        typer.Option(help="Share of the cache to keep; again for more. [default: 1 % to 100 %]"),
+        typer.Option(
+            metavar="SHARE",
+            help="Share of the cache to keep; again for more.",
+            show_default="1 % to 100 %",
+        ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer to --data.")] = 32,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Longest answer to --data.")
+    ] = 32,
     quick: Annotated[bool, typer.Option("--quick", help="A few minutes on two CPU cores.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for results; goes on from them.")] = Path(
-        "vlcache-eval"
-    ),
-    json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="For results; goes on from them.")
+    ] = Path("vlcache-eval"),
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.auto,
+    json: JsonOption = False,
 ) -> None:
     """Compare VL-Cache with the full cache, other policies, its own ablation and hindsight.
 
@@ -56,38 +75,42 @@ def evaluate(
     questions.jsonl is {"image": "a.png", "question": "...", "answers": ["..."]}. Each prompt is
     read once for all policies and budgets. Finished items are kept, so a run can be cut off.
     """
-    from vlcache_triton.evaluation import BUDGETS, SUITES, plot, report, run, summarise
-    from vlcache_triton.evaluation.summary import names
-
     if data is None and model is not None:
         raise UserError("data: got none, expected questions for a model of your own (--data)")
     if data is not None and (suite or quick):
         raise UserError("suite, quick: got one with --data, expected it without")
-    known = [s.name for s in SUITES]
-    suites = suite or (QUICK_SUITES if quick else known)
+    suites = suite or (QUICK_SUITES if quick else SUITE_NAMES)
     for name in suites:
-        if name not in known:
-            raise UserError(f"suite: got {name!r}, expected one of {known}")
-    budgets = sorted(set(budget or (QUICK_BUDGETS if quick else BUDGETS)))
-    if not all(0 < b <= 1 for b in budgets):
-        raise UserError(f"budget: got {budgets}, expected shares in (0, 1]")
-    pages = min(pages, QUICK_PAGES) if quick else pages
-    _check_folder(out, {"model": model, "data": data and str(data), "budgets": budgets})
+        if name not in SUITE_NAMES:
+            raise UserError(f"suite: got {name!r}, expected one of {SUITE_NAMES}")
+    if budget and not all(0 < b <= 1 for b in budget):
+        raise UserError(f"budget: got {budget}, expected shares in (0, 1]")
 
     import torch
 
+    from vlcache_triton.evaluation import BUDGETS, plot, report, run, summarise
+    from vlcache_triton.evaluation.summary import names
+
     from .vlm import VisionLanguageModel
 
-    vlm = VisionLanguageModel(model)
+    budgets = sorted(set(budget or (QUICK_BUDGETS if quick else BUDGETS)))
+    pages = min(pages, QUICK_PAGES) if quick else pages
+    settings = {"model": model, "data": data and str(data), "budgets": budgets}
+    if dtype is not Dtype.auto:
+        settings["dtype"] = dtype.value
+    items = [] if data is None else _own_items(data, max_new_tokens)
+    _check_folder(out, settings)
+    vlm = VisionLanguageModel(model, device=device, dtype=dtype.value)
     if data is None:
         torch.set_num_threads(1)  # so small a model only waits for further threads
         jobs = list(_form_jobs(vlm, suites, pages, budgets))
     else:
-        jobs = list(_own_jobs(vlm, data, max_new_tokens, budgets))
+        jobs = list(_own_jobs(vlm, items, budgets))
+    _make_folder(out, settings)
     with progress("evaluating", len(jobs)) as steps:
         try:
-            results = run(jobs, out / "results.jsonl", lambda: steps.advance(steps.task_ids[0]))
-        except (ValueError, NotImplementedError) as error:
+            results = run(jobs, out / RESULTS, lambda: steps.advance(steps.task_ids[0]))
+        except (ValueError, NotImplementedError, torch.OutOfMemoryError) as error:
             raise UserError(one_line(str(error))) from error
     cells = summarise(results)
     about = _about(vlm)
@@ -105,7 +128,7 @@ def evaluate(
 
 
 def _form_jobs(
-    vlm: VisionLanguageModel, suites: list[str], pages: int, budgets: list[float]
+    vlm: VisionLanguageModel, suites: Sequence[str], pages: int, budgets: list[float]
 ) -> Iterator[Job]:
     """Suites in turn, page by page, so that a run that is cut off has of each."""
     from vlcache_triton.evaluation import SUITES, Suite, encode_form, evaluate_item, form_item
@@ -121,36 +144,54 @@ def _form_jobs(
             yield suite.name, index, functools.partial(job, suite, index)
 
 
-def _own_jobs(
-    vlm: VisionLanguageModel, data: Path, max_new_tokens: int, budgets: list[float]
-) -> Iterator[Job]:
-    import torch
-
-    from vlcache_triton.evaluation import Item, Query, evaluate_item, read_items
-
-    def job(item: Item) -> dict[str, Any]:
-        inputs = vlm.encode(item.images, item.turns[0])
-        query = Query(dict(inputs), torch.empty(0, dtype=torch.int64))
-        return evaluate_item(vlm.model, vlm.processor, item, query, budgets)
+def _own_items(data: Path, max_new_tokens: int) -> list[Item]:
+    from vlcache_triton.evaluation import read_items
 
     try:
-        for item in read_items(data, max_new_tokens):
-            yield item.suite, item.index, functools.partial(job, item)
-    except (OSError, ValueError) as error:
+        return read_items(data, max_new_tokens)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"data: cannot read {str(error.filename or data)!r}: {reason}") from error
+    except ValueError as error:
         raise UserError(f"data: {one_line(str(error))}") from error
 
 
+def _own_jobs(
+    vlm: VisionLanguageModel, items: Sequence[Item], budgets: list[float]
+) -> Iterator[Job]:
+    import torch
+
+    from vlcache_triton.evaluation import Query, evaluate_item
+    from vlcache_triton.images import read_image
+
+    def job(item: Item) -> dict[str, Any]:
+        inputs = vlm.encode([read_image(image) for image in item.images], item.turns[0])
+        query = Query(dict(inputs), torch.empty(0, dtype=torch.int64))
+        return evaluate_item(vlm.model, vlm.processor, item, query, budgets)
+
+    for item in items:
+        yield item.suite, item.index, functools.partial(job, item)
+
+
 def _check_folder(out: Path, settings: dict[str, Any]) -> None:
-    """Make the folder, or see that what it holds was measured in the same way."""
-    path = out / "settings.json"
+    """See that what the folder holds was measured in the same way; without results, nothing was."""
+    try:
+        if not (out / RESULTS).exists() or not (out / RESULTS).stat().st_size:
+            return
+        found = json_module.loads((out / SETTINGS).read_text())
+    except OSError as error:
+        raise UserError(f"out: cannot read {str(out)!r}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"out: {str(out / SETTINGS)!r} holds no JSON: {error}") from error
+    if found != settings:
+        raise UserError(f"out: {str(out)!r} holds results of {found}, expected {settings}")
+
+
+def _make_folder(out: Path, settings: dict[str, Any]) -> None:
+    """Make the folder, and say in it what its results will be of."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            found = json_module.loads(path.read_text())
-            if found != settings:
-                raise UserError(f"out: {str(out)!r} holds results of {found}, expected {settings}")
-        else:
-            path.write_text(json_module.dumps(settings) + "\n")
+        (out / SETTINGS).write_text(json_module.dumps(settings) + "\n")
     except OSError as error:
         raise UserError(f"out: cannot write {str(out)!r}: {error.strerror or error}") from error
 
@@ -161,8 +202,8 @@ def _about(vlm: VisionLanguageModel) -> dict[str, str]:
     import torch
     import transformers
 
-    if vlm.device == "cuda":
-        machine = torch.cuda.get_device_name()
+    if vlm.device.type == "cuda":
+        machine = torch.cuda.get_device_name(vlm.device)
     else:
         machine = f"{os.cpu_count()} CPU cores"
     return {

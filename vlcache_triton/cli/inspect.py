@@ -10,54 +10,87 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .console import UserError, bar, checked_config, print_json, size, waiting
+from .console import UserError, bar, print_json, size, waiting
+from .options import (
+    BudgetOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    ImageOption,
+    JsonOption,
+    ModelOption,
+    PolicyName,
+    PolicyOption,
+    Preset,
+    PresetOption,
+    PromptOption,
+    checked_config,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from vlcache_triton import VLCacheConfig
+    from vlcache_triton.evaluation import Variant
     from vlcache_triton.report import CompressionReport
 
     from .vlm import VisionLanguageModel
 
 
 def inspect(
-    image: Annotated[list[Path], typer.Option(help="An image; give the option again for more.")],
-    prompt: Annotated[str, typer.Option(help="What to ask about the images.")],
-    model: Annotated[
-        str | None, typer.Option(help="A model of the hub, or its folder. [default: form-reader]")
-    ] = None,
-    budget: Annotated[float, typer.Option(help="Share of the KV cache to keep, in (0, 1).")] = 0.1,
+    image: ImageOption,
+    prompt: PromptOption,
+    model: ModelOption = None,
+    budget: BudgetOption = 0.1,
+    policy: PolicyOption = PolicyName.vl_cache,
+    preset: PresetOption = Preset.paper,
     out: Annotated[
         Path | None,
-        typer.Option(help="Also draw pictures of what is kept, by layer and summed, in here."),
+        typer.Option(
+            metavar="FOLDER",
+            help="Also draw pictures of what is kept, by layer and summed, in here.",
+        ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.auto,
+    json: JsonOption = False,
 ) -> None:
     """Show the sparsity that each layer's attention has on a prompt, and what it may keep.
 
     Sparsity is the share of the attention entries of the text after the last image that are
     below 1 % of their row's maximum (the paper's γ', eq. 2). Nothing is generated.
     """
-    config = checked_config(budget)
-    if config.is_lossless:
-        raise UserError("budget: got 1, which keeps all and measures nothing; expected < 1")
+    config = checked_config(budget, preset, policy)
+    if config.is_lossless or policy is PolicyName.full:
+        name, got = ("policy", "full") if policy is PolicyName.full else ("budget", 1)
+        raise UserError(f"{name}: got {got}, which keeps all and measures nothing")
     with waiting("starting"):
+        from vlcache_triton.evaluation import Variant
+
         from .vlm import VisionLanguageModel, open_images
 
     images = open_images(image)
-    vlm = VisionLanguageModel(model)
+    vlm = VisionLanguageModel(model, device=device, dtype=dtype.value)
     inputs = vlm.encode(images, prompt)
+    variant = Variant("inspected", config, policy.load())
     with waiting("reading the prompt"):
-        report = vlm.answer(inputs, config, 1).report
+        report = vlm.answer(inputs, config, 1, policy=variant.policy).report
     if report is None:
         raise UserError("image: the processor made no image tokens, so nothing was compressed")
-    pictures = [] if out is None else _draw(out, images, vlm, inputs, config, report)
+    pictures = [] if out is None else _draw(out, images, vlm, inputs, variant, report)
     if json:
         paths = [str(path) for path in image]
         drawn = [str(path) for path in pictures]
-        described = {"model": vlm.name, "images": paths, "prompt": prompt, "pictures": drawn}
-        print_json({**described, **report.to_dict()})
+        print_json(
+            {
+                "model": vlm.name,
+                "images": paths,
+                "prompt": prompt,
+                "policy": policy.value,
+                "preset": preset.value,
+                "pictures": drawn,
+                **report.to_dict(),
+            }
+        )
         return
     _print(report)
     for path in pictures:
@@ -69,14 +102,13 @@ def _draw(
     images: list[Image.Image],
     vlm: VisionLanguageModel,
     inputs: Any,
-    config: VLCacheConfig,
+    variant: Variant,
     report: CompressionReport,
 ) -> list[Path]:
     """Pictures of the prompt; where the image's grid cannot be told, of the budgets alone."""
     import torch
 
     from vlcache_triton.evaluation.recording import Recording
-    from vlcache_triton.evaluation.variants import Variant
     from vlcache_triton.integrations.transformers import vl_cache
     from vlcache_triton.pictures import UnknownGridError, draw_report, image_grids
 
@@ -86,10 +118,9 @@ def _draw(
         print(f"no pictures of the image: {error}", file=sys.stderr)
         grids = []
     with waiting("drawing"):
-        with vl_cache(vlm.model, config), torch.no_grad():
+        with vl_cache(vlm.model, variant.config), torch.no_grad():
             recording = Recording(vlm.model.config)
             vlm.model(**inputs, past_key_values=recording, use_cache=True)
-        variant = Variant("inspected", config)
         plan, (_, stats) = recording.plan_for(variant), recording.measure(variant)
         scores = torch.stack([x.scores for x in stats])
         try:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import huggingface_hub
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -20,9 +19,11 @@ from vlcache_triton import VLCacheConfig
 from vlcache_triton.formreader import chat, load_form_reader
 from vlcache_triton.images import read_image
 from vlcache_triton.integrations.transformers import vl_cache
+from vlcache_triton.policies import VL_CACHE, Policy
 from vlcache_triton.report import CompressionReport
 
 from .console import UserError, one_line
+from .hub import check_exists
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -50,30 +51,36 @@ class Answer:
 
 
 class VisionLanguageModel:
-    """A model and its processor, on the GPU where there is one.
+    """A model and its processor.
 
     Args:
         source: a model on the hub or a folder; None is the embedded form reader.
+        device: "cpu", "cuda" or "cuda:1"; None is the GPU where there is one.
+        dtype: of torch, by name; "auto" is the checkpoint's own on a GPU, and float32 on a CPU and
+            for the form reader.
 
     Raises:
-        UserError: where there is no such model, or none that Transformers can load without
-            running code of the model's authors.
+        UserError: where there is no such device or model, or none that Transformers can load
+            without running code of the model's authors.
     """
 
-    def __init__(self, source: str | None) -> None:
+    def __init__(
+        self, source: str | None, *, device: str | None = None, dtype: str = "auto"
+    ) -> None:
         self.name = source or EMBEDDED
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = _device(device)
         logging.set_verbosity_error()
         if source is None or not sys.stderr.isatty():
             logging.disable_progress_bar()
         if source is None:
             self.model: Any
             self.processor: Any
-            self.model, self.processor = load_form_reader(device=self.device)
+            chosen = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+            self.model, self.processor = load_form_reader(device=self.device, dtype=chosen)
             return
-        _check_exists(source)
-        # Half precision is slow on CPUs; a checkpoint keeps its own on a GPU.
-        dtype = "auto" if self.device == "cuda" else torch.float32
+        check_exists(source)
+        if dtype == "auto" and self.device.type == "cpu":
+            dtype = "float32"  # half precision is slow on CPUs
         try:
             self.processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
             model = AutoModelForImageTextToText.from_pretrained(
@@ -82,7 +89,8 @@ class VisionLanguageModel:
         except (OSError, ValueError, ImportError) as error:
             reason = _missing_torchvision(error) or one_line(str(error))
             raise UserError(f"model: cannot load {source!r}: {reason}") from error
-        self.model = model.eval().to(self.device)
+        with _refusals():  # where the GPU is too small
+            self.model = model.eval().to(self.device)
 
     def encode(self, images: Sequence[Image.Image], prompt: str) -> Any:
         """A user's turn, images first, as the inputs of `generate`, on the model's device.
@@ -117,10 +125,14 @@ class VisionLanguageModel:
         config: VLCacheConfig,
         max_new_tokens: int,
         progress: Progress | None = None,
+        *,
+        policy: Policy = VL_CACHE,
+        streaming: bool = False,
     ) -> Answer:
-        """Decode greedily from a cache compressed as `config` says, advancing `progress` by token.
+        """Decode greedily from a cache compressed as `config` and `policy` say, advancing
+        `progress` by token.
 
-        A lossless config is the stock model with its stock cache.
+        A lossless choice is the stock model with its stock cache.
         """
         streamer = None if progress is None else _Ticks(progress)
         arguments = {
@@ -134,10 +146,10 @@ class VisionLanguageModel:
         report = None
         started = self._now()
         with _refusals():
-            if config.is_lossless:
+            if policy.configure(config).is_lossless:
                 output = self.model.generate(**arguments)
             else:
-                with vl_cache(self.model, config) as session:
+                with vl_cache(self.model, config, policy=policy, streaming=streaming) as session:
                     output = self.model.generate(**arguments)
                 report = session.report()
         seconds = self._now() - started
@@ -152,22 +164,24 @@ class VisionLanguageModel:
         return Answer(text, len(new), kv_bytes, kept, seconds, report)
 
     def _now(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
 
-def _check_exists(source: str) -> None:
-    """Ask the hub once for a model that is not on disk: from_pretrained would retry for minutes."""
-    if Path(source).is_dir():
-        return
+def _device(name: str | None) -> torch.device:
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        return torch.device("cuda" if num_gpus else "cpu")
     try:
-        if not isinstance(huggingface_hub.try_to_load_from_cache(source, "config.json"), str):
-            url = huggingface_hub.hf_hub_url(source, "config.json")
-            huggingface_hub.get_hf_file_metadata(url)
-    except Exception as error:  # the hub's HTTP client, and so its errors, differ by version
-        reason = one_line(str(error))
-        raise UserError(f"model: no folder {source!r}, and not on the hub: {reason}") from error
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device: got {name!r}, expected cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device: got {name!r}, expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= num_gpus:
+        raise UserError(f"device: got {name!r}, but torch can use {num_gpus} GPUs (vlcache env)")
+    return device
 
 
 def _missing_torchvision(error: Exception) -> str | None:

@@ -107,9 +107,7 @@ def read_items(path: Path, max_new_tokens: int) -> list[Item]:
                 read_image(image)
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from error
-        items.append(
-            Item(path.stem, number - 1, images, (question,), (), answers, max_new_tokens)
-        )
+        items.append(Item(path.stem, number - 1, images, (question,), (), answers, max_new_tokens))
     if not items:
         raise ValueError(f"{path.name}: got no question, expected an object a line")
     return items

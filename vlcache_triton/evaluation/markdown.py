@@ -78,27 +78,29 @@ def _curves(cells: Sequence[Cell], suite: str) -> str:
 def _rivals(cells: Sequence[Cell], suite: str) -> str:
     """Every variant but the ablation's cells, with intervals."""
     left_out = {*ABLATION.values()} - {"vl_cache"} | {"full"}
+    budgets = _measured(cells, RIVAL_BUDGETS)
     rows = []
     for variant in names(cells, "variant"):
-        found = [pick(cells, suite, variant, budget) for budget in RIVAL_BUDGETS]
+        found = [pick(cells, suite, variant, budget) for budget in budgets]
         if variant not in left_out and any(found):
             rows.append([variant, *(_interval(cell) for cell in found)])
     if not rows:
         return ""
-    head = ["kept", *(f"{budget:.0%}" for budget in RIVAL_BUDGETS)]
-    return "\n\n".join(["## Small budgets", _what_is_counted(suite), _table(head, rows)])
+    head = ["kept", *(_percent(budget) for budget in budgets)]
+    return "\n\n".join(["## Every policy", _what_is_counted(suite), _table(head, rows)])
 
 
 def _ablation(cells: Sequence[Cell], suite: str) -> str:
     """The two ideas of the paper, on and off."""
+    budgets = _measured(cells, ABLATION_BUDGETS)
     rows = []
     for (layers, scores), variant in ABLATION.items():
-        found = [pick(cells, suite, variant, budget) for budget in ABLATION_BUDGETS]
+        found = [pick(cells, suite, variant, budget) for budget in budgets]
         if any(found):
             rows.append([layers, scores, *(_interval(cell) for cell in found)])
     if not rows:
         return ""
-    head = ["layers", "scores", *(f"{budget:.0%}" for budget in ABLATION_BUDGETS)]
+    head = ["layers", "scores", *(_percent(budget) for budget in budgets)]
     return "\n\n".join(
         [
             "## Ablation",
@@ -107,6 +109,12 @@ def _ablation(cells: Sequence[Cell], suite: str) -> str:
             _table(head, rows),
         ]
     )
+
+
+def _measured(cells: Sequence[Cell], preferred: Sequence[float]) -> list[float]:
+    """The budgets that a table has room for, or where none of them was measured, all that were."""
+    found = sorted(budget for budget in names(cells, "budget") if budget < 1)
+    return [budget for budget in found if budget in preferred] or found
 
 
 def _what_is_counted(suite: str) -> str:
@@ -122,13 +130,17 @@ def _by_budget(cells: Sequence[Cell], text: Callable[[Cell], str]) -> str:
     for variant in names(cells, "variant"):
         found = [pick(cells, cells[0].suite, variant, budget) for budget in budgets]
         rows.append([variant, *("" if cell is None else text(cell) for cell in found)])
-    return _table(["kept", *(f"{budget:.0%}" for budget in budgets)], rows)
+    return _table(["kept", *(_percent(budget) for budget in budgets)], rows)
 
 
 def _interval(cell: Cell | None) -> str:
     if cell is None or cell.retained is None:
         return ""
     return f"{cell.retained:.3f} ({cell.retained_low:.3f} to {cell.retained_high:.3f})"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}%"
 
 
 def _number(value: float | None) -> str:
