@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from vlcache_triton.formreader.model import WEIGHTS
 
@@ -49,7 +51,35 @@ def test_only_the_answer_goes_to_stdout(vlcache, dialogue, page):
     outcome = vlcache("generate", "--image", page, "--prompt", question.text, "--budget", 0.6)
     assert outcome.code == 0
     assert outcome.out == question.answer + "\n"
-    assert "KV cache" in outcome.err
+    assert "KV cache" in outcome.err and len(outcome.err.splitlines()) == 1
+
+
+def test_a_budget_below_what_the_embedded_model_bears_is_told(vlcache, dialogue, page, monkeypatch):
+    """Behind the answer, or in the JSON; of another model, nobody knows what it bears."""
+    monkeypatch.setenv("COLUMNS", "200")
+    note = "form-reader bears budgets down to 0.6; at 0.3 expect wrong answers"
+    asked = ("--image", page, "--prompt", dialogue.questions[0].text, "--budget", 0.3)
+    outcome = vlcache("generate", *asked)
+    assert outcome.code == 0
+    assert note in outcome.err.splitlines()[-1] and note not in outcome.out
+    assert run_json(vlcache, *asked)["note"].startswith(note)
+    assert run_json(vlcache, *asked, "--model", WEIGHTS)["note"] is None
+    assert run_json(vlcache, *asked[:4], "--budget", 0.6)["note"] is None
+
+
+def test_a_16_bit_page_is_answered_as_the_page(vlcache, dialogue, page, tmp_path):
+    """It was clipped to white, and answered all the same."""
+    with Image.open(page) as drawn:
+        grey = np.asarray(drawn.convert("L"))
+    Image.fromarray(grey).save(tmp_path / "grey8.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "grey16.png")
+    asked = ("--prompt", dialogue.questions[0].text, "--budget", 0.6)
+    results = [
+        run_json(vlcache, "--image", tmp_path / f"grey{bits}.png", *asked) for bits in (8, 16)
+    ]
+    answers = [result["answer"] for result in results]
+    assert answers[0] == answers[1] == dialogue.questions[0].answer
+    assert results[0]["kept"] == results[1]["kept"]
 
 
 def test_a_folder_is_a_model(vlcache, dialogue, page):

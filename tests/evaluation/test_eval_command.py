@@ -28,16 +28,66 @@ def test_forms_are_evaluated_and_a_second_run_goes_on(tmp_path, capsys):
     assert "holds results of" in capsys.readouterr().err
 
 
-def test_own_questions_about_own_images(tmp_path, capsys):
+def own_page(folder):
+    """A folder with one question."""
     item = form_item(next(s for s in SUITES if s.name == "value"), 0)
-    item.images[0].save(tmp_path / "page.png")
+    item.images[0].save(folder / "page.png")
     line = {"image": "page.png", "question": item.turns[0], "answers": list(item.answers)}
-    (tmp_path / "questions.jsonl").write_text(json.dumps(line))
+    (folder / "questions.jsonl").write_text(json.dumps(line))
+    return folder
+
+
+def test_own_questions_about_own_images(tmp_path, capsys):
+    own_page(tmp_path)
     command = ["eval", "--model", str(WEIGHTS), "--data", str(tmp_path), "--max-new-tokens", "9"]
     assert run([*command, "--budget", "0.8", "--json", "--out", str(tmp_path / "out")]) == 0
     cells = json.loads(capsys.readouterr().out)["cells"]
     full = next(cell for cell in cells if cell["variant"] == "full")
     assert full["suite"] == "questions" and full["exact"] == 1.0
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings == {"model": str(WEIGHTS), "data": str(tmp_path), "budgets": [0.8]}
+
+
+def test_a_command_that_failed_leaves_nothing_behind(tmp_path, capsys):
+    """Its settings used to refuse the corrected one."""
+    out, data = tmp_path / "out", own_page(tmp_path)
+    command = ["eval", "--budget", "0.8", "--max-new-tokens", "9", "--out", str(out)]
+    (tmp_path / "empty").mkdir()
+    for wrong in (
+        ["--data", str(tmp_path / "nofile")],
+        ["--data", str(tmp_path / "empty")],
+        ["--data", str(data), "--model", str(tmp_path / "nomodel")],
+        ["--data", str(data), "--device", "cuda:99"],
+    ):
+        assert run([*command, *wrong]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+        assert not out.exists()
+    assert run([*command, "--data", str(data)]) == 0
+    assert "report.md" in capsys.readouterr().out
+
+
+def test_settings_without_results_refuse_nothing(tmp_path, capsys):
+    """As where the first question failed, or an older version left them."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "settings.json").write_text('{"model": "nofile"}')
+    (out / "results.jsonl").touch()
+    command = ["eval", "--suite", "count", "--pages", "1", "--budget", "0.8", "--out", str(out)]
+    assert run([*command, "--dtype", "bfloat16"]) == 0
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings == {"model": None, "data": None, "budgets": [0.8], "dtype": "bfloat16"}
+    assert run(command) == 2
+    assert "holds results of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spoilt", ["", "{"])
+def test_results_whose_settings_cannot_be_read(tmp_path, capsys, spoilt):
+    (tmp_path / "results.jsonl").write_text("{}\n")
+    if spoilt:
+        (tmp_path / "settings.json").write_text(spoilt)
+    assert run(["eval", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("vlcache: out: ") and len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -49,6 +99,7 @@ def test_own_questions_about_own_images(tmp_path, capsys):
         (["--model", "some/model"], "data: got none"),
         (["--data", "x", "--quick"], "suite, quick: got one with --data"),
         (["--pages", "0"], "pages"),
+        (["--data", "nofile"], "data: cannot read 'nofile': No such file"),
     ],
 )
 def test_what_the_user_can_put_right_is_one_line(tmp_path, capsys, arguments, message):
@@ -57,8 +108,21 @@ def test_what_the_user_can_put_right_is_one_line(tmp_path, capsys, arguments, me
     assert message in error and len(error.splitlines()) == 1
 
 
-def test_a_bad_question_file_is_one_line(tmp_path, capsys):
-    (tmp_path / "questions.jsonl").write_text("{")
-    command = ["eval", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
-    assert run(command) == 2
-    assert "questions.jsonl, line 1: got no JSON" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "data: questions.jsonl, line 1: got no JSON"),
+        ("", "data: questions.jsonl: got no question"),
+        ("\n\n", "data: questions.jsonl: got no question"),
+        (
+            '{"image": "no.png", "question": "?", "answers": ["x"]}',
+            "data: questions.jsonl, line 1: image: cannot read",
+        ),
+    ],
+)
+def test_a_bad_question_file_is_one_line(tmp_path, capsys, text, message):
+    (tmp_path / "questions.jsonl").write_text(text)
+    assert run(["eval", "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
