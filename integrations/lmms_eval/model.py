@@ -37,7 +37,8 @@ class VLCacheModel(lmms):
 
     Args:
         pretrained: a model on the hub, or a folder; its code is never run.
-        budget: of VLCacheConfig: a share such as 0.1 or 1.0, or, as a whole number, tokens a layer.
+        budget: of VLCacheConfig: a share such as 0.1 or 1.0, or, as a whole number from 2 on,
+            tokens a layer.
         policy: a name of vlcache_triton.policies.POLICIES, or "tuned", VLCacheConfig.tuned().
         revision: of the model on the hub.
         dtype: a dtype of torch by name, or "auto", the checkpoint's.

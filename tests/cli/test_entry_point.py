@@ -17,7 +17,7 @@ def test_help_names_the_commands_and_loads_no_model_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     *text, loaded = done.stdout.splitlines()
-    for command in ("demo", "generate", "inspect"):
+    for command in ("demo", "generate", "inspect", "eval", "env"):
         assert any(f" {command} " in line for line in text)
     assert loaded == "[]"
 

@@ -57,7 +57,8 @@ def inspect(
     """Show the sparsity that each layer's attention has on a prompt, and what it may keep.
 
     Sparsity is the share of the attention entries of the text after the last image that are
-    below 1 % of their row's maximum (the paper's γ', eq. 2). Nothing is generated.
+    below 1 % of their row's maximum (the paper's γ', eq. 2); with another policy, of the rows that
+    it scores by. Nothing is generated.
     """
     config = checked_config(budget, preset, policy)
     if config.is_lossless or policy is PolicyName.full:
