@@ -51,6 +51,13 @@ def test_16_bit_grey_that_is_open_already(mode):
     assert corners(read_image(halves(mode, 0, 65535))) == (BLACK, WHITE)
 
 
+@pytest.mark.parametrize(("dtype", "mode"), [("uint16", "I;16"), ("int32", "I")])
+def test_8_bits_in_a_wider_type_stay_as_they_are(dtype, mode):
+    image = Image.fromarray(np.arange(256, dtype=dtype).reshape(16, 16))
+    assert image.mode == mode
+    assert np.array_equal(pixels(read_image(image))[..., 0].ravel(), np.arange(256))
+
+
 @pytest.mark.parametrize(("mode", "value"), [("I", 65536), ("I", -1), ("F", 0.5)])
 def test_32_bits_are_refused(tmp_path, mode, value):
     path = saved(Image.new(mode, (8, 4), value), tmp_path / "wide.tiff")

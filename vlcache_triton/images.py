@@ -47,7 +47,10 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _scaled(grey: Image.Image) -> Image.Image:
-    """Grey of 16 bits in 8. Pillow also opens it as 32 bits, by the format and its own version."""
+    """Grey of 16 bits in 8. Pillow also opens it as 32 bits, by the format and its own version.
+
+    Where no value is above 255, they are 8 bits in a wider type: a page that dark does not exist.
+    """
     wide = grey.convert("I") if grey.mode.startswith("I") else grey
     low, high = cast(tuple[float, float], wide.getextrema())
     if wide.mode != "I" or low < 0 or high > 65535:
@@ -55,6 +58,8 @@ def _scaled(grey: Image.Image) -> Image.Image:
             f"got grey of 32 bits from {low:g} to {high:g}, whose white is unknown; expected 8 or"
             " 16 bits"
         )
+    if high <= 255:
+        return wide.convert("L")
     return wide.point(lambda value: value * (1 / 257) + 0.5, "L")  # rounded
 
 
