@@ -70,7 +70,7 @@ def problems(draw):
     if draw(st.booleans()):
         layers = with_ties(layers)
     config = VLCacheConfig(
-        budget=draw(st.one_of(st.floats(0.02, 0.9), st.integers(1, 70))),
+        budget=draw(st.one_of(st.floats(0.02, 0.9), st.integers(2, 70))),
         recent_fraction=draw(st.sampled_from([0.0, 0.1, 0.37, 0.9, 1.0])),
         min_layer_budget=draw(st.sampled_from([0.0, 0.01, 0.2])),
         max_layer_budget=draw(st.sampled_from([0.5, 1.0])),
