@@ -72,7 +72,7 @@ class Pool:
             out = model(
                 input_ids=chosen[-1][:, None],
                 position_ids=position,
-                past_key_values=self.cache,
+                cache=self.cache,
                 use_cache=True,
             )
             chosen.append(out.logits[:, -1].argmax(-1))
@@ -90,7 +90,7 @@ def prefill(
     """One prompt's first token `[1]` and its cache."""
     inputs = llava.prompt(model, 1, LENGTH, seed)
     cache = session.new_cache(NEW_TOKENS)
-    out = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    out = model(**inputs, cache=cache, use_cache=True, logits_to_keep=1)
     assert cache.ragged is not None
     return out.logits[:, -1].argmax(-1), cache.ragged
 

@@ -25,6 +25,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from vlcache_triton.integrations.transformers import VLCache, vl_cache
+from vlcache_triton.integrations.transformers.names import CACHE
 
 NEW_TOKENS = 100 if HAS_GPU else 12
 SETTLED = 10 if HAS_GPU else 3  # tokens by which steps have been captured
@@ -162,9 +163,7 @@ def kvpress(
 
     cache = DynamicCache()
     with SnapKVPress(compression_ratio=0.9)(model.get_decoder()):
-        tokens = model.generate(
-            **inputs, **greedy(num_tokens), streamer=ticks, past_key_values=cache
-        )
+        tokens = model.generate(**inputs, **greedy(num_tokens), streamer=ticks, **{CACHE: cache})
     return tokens, cache
 
 

@@ -21,6 +21,7 @@ from .attention import NAME, prefilling, register
 from .cache import MAX_HEAD_ROOM, VLCache
 from .generate import check_stopping, lean_loop, static_warpers
 from .graph import DecodeGraphs, graphed_forward
+from .names import CACHE, rename_cache
 from .support import check_choices, check_generate, check_lean, check_mode, check_model
 
 
@@ -53,7 +54,8 @@ class Session:
         self._forward = model.forward
 
     def new_cache(self, max_new_tokens: int = MAX_HEAD_ROOM) -> VLCache:
-        """An empty cache to hand over as `past_key_values`, for manual loops and dialogues.
+        """An empty cache for manual loops and dialogues, to hand over as `cache`, or by the name
+        that older Transformers have for it, `past_key_values`: either does, whichever is installed.
 
         Raises:
             ValueError: after the block, where the model would not compress it.
@@ -192,10 +194,11 @@ def _checked_generate(model: PreTrainedModel, session: Session) -> Any:
 
     @functools.wraps(generate)
     def checked(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        kwargs = rename_cache(kwargs)
         given = {"input_ids": inputs, **kwargs} if inputs is not None else kwargs
         if args:
             given = {"generation_config": args[0], **given}
-        _check_cache(given.get("past_key_values"))
+        _check_cache(given.get(CACHE))
         check_generate(model, given)
         try:
             output = generate(inputs, *args, **kwargs)
@@ -211,7 +214,7 @@ def _checked_generate(model: PreTrainedModel, session: Session) -> Any:
 def _check_cache(cache: Any) -> None:
     if cache is not None and not isinstance(cache, VLCache):
         raise ValueError(
-            f"past_key_values: got {type(cache).__name__}, expected a VLCache"
+            f"{CACHE}: got {type(cache).__name__}, expected a VLCache"
             " (session.new_cache()) or None inside a vl_cache block"
         )
 
@@ -226,11 +229,11 @@ def _prepare_cache(original: Any, session: Session) -> Any:
     @functools.wraps(original)
     def prepare(generation_config, model_kwargs, generation_mode, *args, **kwargs):
         check_mode(generation_mode)
-        if model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = session.new_cache(
+        if model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = session.new_cache(
                 generation_config.max_new_tokens or MAX_HEAD_ROOM
             )
-        session.generating = model_kwargs["past_key_values"]
+        session.generating = model_kwargs[CACHE]
         return original(generation_config, model_kwargs, generation_mode, *args, **kwargs)
 
     return prepare
@@ -241,12 +244,13 @@ def _begin(session: Session) -> Any:
 
     def begin(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         prefilling.set(None)
-        cache = kwargs.get("past_key_values")
+        kwargs = rename_cache(kwargs)
+        cache = kwargs.get(CACHE)
         if cache is None:
             if kwargs.get("use_cache") is False or model.training:
                 return None
             cache = session.new_cache()
-            kwargs = {**kwargs, "past_key_values": cache, "use_cache": True}
+            kwargs = {**kwargs, CACHE: cache, "use_cache": True}
         _check_cache(cache)
         session.cache = cache
         input_ids = kwargs.get("input_ids", args[0] if args else None)
@@ -278,7 +282,7 @@ def _read_prompt(
 
 def _end(model: PreTrainedModel, args: tuple, kwargs: dict, output: Any) -> None:
     """A forward hook: count the step's tokens, and see that the prompt was compressed."""
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(CACHE)
     if not isinstance(cache, VLCache):
         return
     prefilling.set(None)

@@ -19,6 +19,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from .cache import VLCache
 from .graph import DecodeGraphs, Loan, run_model
+from .names import CACHE
 
 # Warpers that look at the scores alone, so that a captured step may call them.
 STATIC_WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
@@ -130,7 +131,7 @@ def lean_loop(
     """A decoding method for `generate(custom_generate=...)`, which does all the preparation."""
 
     def decode(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        config, cache = kwargs.pop("generation_config"), kwargs["past_key_values"]
+        config, cache = kwargs.pop("generation_config"), kwargs[CACHE]
         processors = static_warpers(kwargs.pop("logits_processor"))
         check_stopping(kwargs.pop("stopping_criteria"))
         _take_over(cache, graphs)
@@ -187,7 +188,7 @@ def _take_over(cache: VLCache, graphs: DecodeGraphs) -> None:
     if cache.graphs is not graphs:
         if cache.get_seq_length() > 0:
             raise ValueError(
-                "past_key_values: got a cache that another loop has filled, expected an empty one"
+                f"{CACHE}: got a cache that another loop has filled, expected an empty one"
                 " or one that session.generate has filled"
             )
         cache.graphs = graphs

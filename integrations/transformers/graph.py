@@ -14,16 +14,17 @@ from torch import Tensor
 from vlcache_triton.ragged import RaggedCache
 
 from .cache import VLCache
+from .names import CACHE
 from .windows import WindowRings
 
 # What a decode forward may be given besides its token and position: of use to the prompt only.
 PROMPT_ONLY = {
+    CACHE,
     "attention_mask",
     "image_grid_thw",
     "image_sizes",
     "logits_to_keep",
     "mm_token_type_ids",
-    "past_key_values",
     "return_dict",
     "second_per_grid_ts",
     "token_type_ids",
@@ -188,9 +189,9 @@ def run_model(
     return forward(
         input_ids=input_ids,
         position_ids=position_ids,
-        past_key_values=loan.borrower,
         use_cache=True,
         return_dict=True,
+        **{CACHE: loan.borrower},
     )
 
 
@@ -199,7 +200,7 @@ def graphed_forward(graphs: DecodeGraphs, forward: Callable[..., Any]) -> Callab
 
     @functools.wraps(forward)  # generate reads the signature
     def step_or_forward(*args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         if args or not isinstance(cache, VLCache) or not _is_plain_step(kwargs):
             return forward(*args, **kwargs)
         key = ("forward", kwargs["position_ids"].shape)
@@ -211,7 +212,7 @@ def graphed_forward(graphs: DecodeGraphs, forward: Callable[..., Any]) -> Callab
         body.load(kwargs)
         step.launch()
         assert body.logits is not None
-        return body.output_class(logits=body.logits.clone(), past_key_values=cache)
+        return body.output_class(logits=body.logits.clone(), **{CACHE: cache})
 
     return step_or_forward
 

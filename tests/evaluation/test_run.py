@@ -129,14 +129,14 @@ def _by_hand(form_reader, item, query, config):
     model, processor = form_reader
     with vl_cache(model, config) as session, torch.no_grad():
         cache = session.new_cache()
-        out = model(**query.inputs, past_key_values=cache)
+        out = model(**query.inputs, cache=cache)
         if len(query.continuation):
-            out = model(input_ids=query.continuation[None], past_key_values=cache)
+            out = model(input_ids=query.continuation[None], cache=cache)
         tokens = [int(out.logits[0, -1].argmax())]
         while (
             tokens[-1] != model.generation_config.eos_token_id and len(tokens) < item.max_new_tokens
         ):
-            out = model(input_ids=torch.tensor([[tokens[-1]]]), past_key_values=cache)
+            out = model(input_ids=torch.tensor([[tokens[-1]]]), cache=cache)
             tokens.append(int(out.logits[0, -1].argmax()))
     return processor.decode(tokens, skip_special_tokens=True).strip()
 

@@ -26,6 +26,7 @@ from vlcache_triton import ragged as ragged_module
 from vlcache_triton.integrations.transformers import VLCache, vl_cache
 from vlcache_triton.integrations.transformers import cache as cache_module
 from vlcache_triton.integrations.transformers.graph import MAX_LOANS, round_up
+from vlcache_triton.integrations.transformers.names import CACHE
 
 SOME = ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3"]
 SAMPLE = dict(GREEDY, do_sample=True, temperature=1.3, top_k=50)
@@ -185,7 +186,7 @@ def test_a_streamer_and_stopping_criteria(family, recorded):
 
 def dialogue(family, inputs, *turns, cache=None):
     """Answers to a prompt and to turns that follow on the same cache."""
-    outs = [family.model.generate(**inputs, **GREEDY, past_key_values=cache)]
+    outs = [family.model.generate(**inputs, **GREEDY, **{CACHE: cache})]
     extra = {k: v for k, v in inputs.items() if k in ("mm_token_type_ids", "token_type_ids")}
     for turn in turns:
         said = outs[-1].sequences
@@ -199,7 +200,7 @@ def dialogue(family, inputs, *turns, cache=None):
                 attention_mask=mask,
                 **again,
                 **GREEDY,
-                past_key_values=outs[-1].past_key_values,
+                **{CACHE: outs[-1][CACHE]},
             )
         )
     return outs
@@ -235,7 +236,7 @@ def test_an_answer_that_outgrows_its_room(family, budget, by, monkeypatch):
         monkeypatch.setattr(cache_module, "MAX_HEAD_ROOM", 2)
     with session_of(family, budget=budget) as session, recorded_graphs(session):
         cache = session.new_cache(max_new_tokens=2) if by == "new_cache" else None
-        out = family.model.generate(**inputs, **arguments, past_key_values=cache)
+        out = family.model.generate(**inputs, **arguments, **{CACHE: cache})
         assert session.graphs.num_captures >= 2
         assert RecordedGraph.num_replays > 0
     assert_same_run(out, expected, ORACLE_ATOL)
@@ -247,7 +248,7 @@ def alternate(family, session, prompts, order, position_ids=True):
     caches, outs, steps = [], [], [0] * len(prompts)
     for inputs in prompts:
         caches.append(session.new_cache(max_new_tokens=16))
-        outs.append([family.model(**inputs, past_key_values=caches[-1]).logits[:, -1:]])
+        outs.append([family.model(**inputs, **{CACHE: caches[-1]}).logits[:, -1:]])
     for which in order:
         token = outs[which][-1].argmax(-1)
         steps[which] += 1
@@ -256,8 +257,8 @@ def alternate(family, session, prompts, order, position_ids=True):
             more["attention_mask"] = pad(mask, (0, steps[which]), value=1)
             position = mask.sum(1, keepdim=True) + steps[which] - 1
             more["position_ids"] = position.expand(3, -1, -1) if family.name in MROPE else position
-        out = family.model(input_ids=token, past_key_values=caches[which], **more)
-        assert out.past_key_values is caches[which] and out.logits.shape[1] == 1
+        out = family.model(input_ids=token, **{CACHE: caches[which]}, **more)
+        assert out[CACHE] is caches[which] and out.logits.shape[1] == 1
         outs[which].append(out.logits)
     return [torch.cat(rows, 1) for rows in outs]
 
@@ -304,7 +305,7 @@ def test_a_cache_that_is_reset_serves_another_prompt(family, budget, cuda_graph)
     with session_of(family, cuda_graph=cuda_graph, budget=budget) as session:
         cache = session.new_cache(max_new_tokens=8)
         for inputs, run in zip(prompts, expected, strict=True):
-            out = family.model.generate(**inputs, **GREEDY, past_key_values=cache)
+            out = family.model.generate(**inputs, **GREEDY, **{CACHE: cache})
             assert_same_run(out, run, ORACLE_ATOL)
             cache.reset()
             assert cache.get_seq_length() == 0 and cache.report() is None
@@ -315,12 +316,12 @@ def test_logits_are_the_callers_own(family):
     inputs = family.inputs(LONG)
     with session_of(family) as session, recorded_graphs(session), torch.no_grad():
         cache = session.new_cache(max_new_tokens=8)
-        family.model(**inputs, past_key_values=cache)
+        family.model(**inputs, **{CACHE: cache})
         outs, copies = [], []
         for step in range(4):
             position = torch.tensor([[inputs["input_ids"].shape[1] + step]])
             token = torch.tensor([[20 + step]])
-            out = family.model(input_ids=token, position_ids=position, past_key_values=cache)
+            out = family.model(input_ids=token, position_ids=position, **{CACHE: cache})
             outs.append(out.logits)
             copies.append(out.logits.clone())
     for out, copy in zip(outs, copies, strict=True):
@@ -342,7 +343,7 @@ def test_calls_that_ask_for_more_are_eager(family):
         with torch.enable_grad():
             step = dict(input_ids=position * 0 + 7, position_ids=position)
             for _ in range(3):
-                last = family.model(**step, past_key_values=session.cache)
+                last = family.model(**step, **{CACHE: session.cache})
                 assert last.logits.requires_grad
         assert session.graphs.num_captures == 0
 

@@ -12,6 +12,7 @@ from families import LONG, SHORT
 
 from vlcache_triton import VLCacheConfig
 from vlcache_triton.integrations.transformers import vl_cache
+from vlcache_triton.integrations.transformers.names import CACHE
 
 SAMPLE = dict(GREEDY, do_sample=True, temperature=1.3, top_k=50)
 BEAMS = dict(GREEDY, num_beams=2, max_new_tokens=10)
@@ -154,8 +155,8 @@ def test_guidance_reads_an_unconditional_prompt_beside_the_other(family):
     with vl_cache(family.model, config) as session:
         out = family.model.generate(**inputs, **arguments)
     assert_same_run(out, expected, ORACLE_ATOL)
-    assert out.past_key_values.is_compressed
-    assert session.cache is out.past_key_values
+    assert out[CACHE].is_compressed
+    assert session.cache is out[CACHE]
     assert session.report().lengths == inputs["attention_mask"].sum(1).tolist()
 
 

@@ -61,7 +61,7 @@ def token_bytes(family):
 @torch.no_grad()
 def prefill(session, inputs, model):
     cache = session.new_cache(max_new_tokens=NEW_TOKENS)
-    model(**inputs, past_key_values=cache)
+    model(**inputs, cache=cache)
     return cache
 
 
@@ -105,7 +105,7 @@ def test_the_report_agrees_with_the_storages(wide):
     with vl_cache(wide.model, budget=0.1) as session:
         cache = session.new_cache(max_new_tokens=NEW_TOKENS)
         with torch.no_grad():
-            wide.model(**inputs, past_key_values=cache)
+            wide.model(**inputs, cache=cache)
         report = session.report()
     reserve = NEW_TOKENS * token_bytes(wide)
     assert report.bytes_before == inputs["input_ids"].shape[1] * token_bytes(wide)

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from vlcache_triton import VLCacheConfig
 from vlcache_triton.integrations.transformers import VLCache, vl_cache
+from vlcache_triton.integrations.transformers.names import CACHE
 
 CONFIG = VLCacheConfig(budget=0.4)
 SOME = ["llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"]
@@ -28,16 +29,16 @@ def by_hand(family, inputs, cache, turns=()):
 
     Nothing but token ids and the cache is given after the prefill.
     """
-    out = family.model(**inputs, past_key_values=cache, use_cache=True)
+    out = family.model(**inputs, **{CACHE: cache}, use_cache=True)
     logits = [out.logits[:, -1:]]
     for turn in ([], *turns):
         if turn:
             ids = torch.tensor([turn]).expand(len(inputs["input_ids"]), -1)
-            out = family.model(input_ids=ids, past_key_values=cache, use_cache=True)
+            out = family.model(input_ids=ids, **{CACHE: cache}, use_cache=True)
             logits.append(out.logits)
         for _ in range(4):
             token = out.logits[:, -1:].argmax(-1)
-            out = family.model(input_ids=token, past_key_values=cache, use_cache=True)
+            out = family.model(input_ids=token, **{CACHE: cache}, use_cache=True)
             logits.append(out.logits)
     return torch.cat(logits, 1)
 
@@ -110,9 +111,9 @@ def test_a_cache_made_by_name_serves_generate(family):
     with vl_cache(family.model, CONFIG) as session:
         expected = family.model.generate(**inputs, **GREEDY)
         cache = VLCache(family.model.config, CONFIG, max_new_tokens=16)
-        out = family.model.generate(**inputs, **GREEDY, past_key_values=cache)
+        out = family.model.generate(**inputs, **GREEDY, **{CACHE: cache})
         assert session.cache is cache and session.report() == cache.report()
-    assert out.past_key_values is cache and cache.is_compressed
+    assert out[CACHE] is cache and cache.is_compressed
     assert_same_run(out, expected, 0.0)
 
 
@@ -122,14 +123,14 @@ def test_a_forward_without_a_cache_brings_one(family):
     kept, expected = stock_by_hand(family, inputs)
     with vl_cache(family.model, CONFIG), torch.no_grad():
         out = family.model(**inputs)
-        cache = out.past_key_values
+        cache = out[CACHE]
         assert_kept(cache, kept, inputs)
         for step in range(4):
             torch.testing.assert_close(
                 out.logits[:, -1], expected[:, step], atol=ORACLE_ATOL, rtol=0
             )
             token = out.logits[:, -1:].argmax(-1)
-            out = family.model(input_ids=token, past_key_values=cache)
+            out = family.model(input_ids=token, **{CACHE: cache})
 
 
 def test_two_caches_of_one_model_interleave(family):
@@ -143,10 +144,10 @@ def test_two_caches_of_one_model_interleave(family):
         caches = [session.new_cache(max_new_tokens=8) for _ in inputs]
         logits = [[], []]
         for which, cache in enumerate(caches):
-            family.model(**inputs[which], past_key_values=cache)
+            family.model(**inputs[which], **{CACHE: cache})
         for which in order:
             step = ids[which][len(logits[which])]
-            out = family.model(input_ids=step, past_key_values=caches[which])
+            out = family.model(input_ids=step, **{CACHE: caches[which]})
             logits[which].append(out.logits)
         return [torch.cat(row, 1) for row in logits]
 
@@ -169,7 +170,7 @@ def two_turns(family, inputs, block, turn, new_tokens=GREEDY):
         for key in ("mm_token_type_ids", "token_type_ids"):
             if key in again:
                 again[key] = pad(again[key], (0, new))
-        second = family.model.generate(**again, **new_tokens, past_key_values=first.past_key_values)
+        second = family.model.generate(**again, **new_tokens, **{CACHE: first[CACHE]})
     return first, second
 
 

@@ -9,6 +9,7 @@ from families import LONG, PICTURE, SHORT
 
 from vlcache_triton import VLCacheConfig
 from vlcache_triton.integrations.transformers import vl_cache
+from vlcache_triton.integrations.transformers.names import CACHE
 
 TEXT_ONLY = [1, *range(30, 60)]
 SEVERAL_PICTURES = [1, PICTURE, 5, 6, PICTURE, 7, 8, PICTURE, 9, 10, 11, 12]
@@ -144,7 +145,7 @@ def test_each_generate_call_has_a_cache_of_its_own(family):
     with vl_cache(family.model, config) as session:
         for inputs in prompts:
             out = family.model.generate(**inputs, **GREEDY)
-            assert out.past_key_values is session.cache
+            assert out[CACHE] is session.cache
             caches.append(session.cache)
     for cache, inputs, expected in zip(caches, prompts, kept, strict=True):
         assert_kept(cache, expected, inputs)

@@ -11,6 +11,7 @@ from families import LONG, SHORT, build
 from transformers import DynamicCache
 
 from vlcache_triton.integrations.transformers import VLCache, vl_cache
+from vlcache_triton.integrations.transformers.names import CACHE
 from vlcache_triton.policies import snapkv
 
 REFUSED = (NotImplementedError, ValueError)
@@ -60,7 +61,7 @@ def test_right_padding(family):
         with pytest.raises(REFUSED, match="attention_mask"):
             family.model.generate(**inputs, **GREEDY)
         with pytest.raises(REFUSED, match="attention_mask"), torch.no_grad():
-            family.model(**inputs, past_key_values=session.new_cache(max_new_tokens=4))
+            family.model(**inputs, cache=session.new_cache(max_new_tokens=4))
 
 
 def test_a_hole_in_the_attention_mask(family):
@@ -79,7 +80,7 @@ def test_embeddings_without_token_ids(family):
             family.model.generate(inputs_embeds=embeddings, max_new_tokens=2)
         cache = session.new_cache(max_new_tokens=4)
         with pytest.raises(REFUSED, match="inputs_embeds"), torch.no_grad():
-            family.model(inputs_embeds=embeddings, past_key_values=cache)
+            family.model(inputs_embeds=embeddings, cache=cache)
 
 
 def test_continuous_batching(family):
@@ -92,10 +93,10 @@ def test_a_cache_of_another_kind(family):
     """It would not be compressed, and nobody would notice."""
     inputs = family.inputs(LONG)
     with vl_cache(family.model, budget=0.4):
-        with pytest.raises(REFUSED, match="past_key_values"):
-            family.model.generate(**inputs, **GREEDY, past_key_values=DynamicCache())
-        with pytest.raises(REFUSED, match="past_key_values"), torch.no_grad():
-            family.model(**inputs, past_key_values=DynamicCache())
+        with pytest.raises(REFUSED, match=CACHE):
+            family.model.generate(**inputs, **GREEDY, cache=DynamicCache())
+        with pytest.raises(REFUSED, match=CACHE), torch.no_grad():
+            family.model(**inputs, cache=DynamicCache())
 
 
 def test_a_compressed_cache_outside_the_block(family):
@@ -103,7 +104,7 @@ def test_a_compressed_cache_outside_the_block(family):
     with vl_cache(family.model, budget=0.4) as session:
         family.model.generate(**family.inputs(LONG), **GREEDY)
     with pytest.raises((RuntimeError, *REFUSED), match="vl_cache"), torch.no_grad():
-        family.model(input_ids=torch.tensor([[7]]), past_key_values=session.cache)
+        family.model(input_ids=torch.tensor([[7]]), cache=session.cache)
 
 
 def test_a_crop_of_a_compressed_cache(family):

@@ -145,8 +145,8 @@ def test_gradients_are_neither_kept_nor_needed(family):
     with vl_cache(family.model, budget=0.4) as session:
         cache = session.new_cache(max_new_tokens=4)
         with torch.enable_grad():
-            family.model(**inputs, past_key_values=cache)
+            family.model(**inputs, cache=cache)
         with torch.no_grad():
             token = torch.tensor([[7]])
-            logits = family.model(input_ids=token, past_key_values=cache).logits
+            logits = family.model(input_ids=token, cache=cache).logits
     assert not logits.requires_grad and logits.isfinite().all()

@@ -261,14 +261,14 @@ def test_a_second_turn_on_the_same_cache(family, loop, early, cuda_graph):
 
     def converse(answer, session):
         cache = session.new_cache(max_new_tokens=64)
-        first = answer[0](**inputs, **arguments, past_key_values=cache)
+        first = answer[0](**inputs, **arguments, cache=cache)
         ids = torch.cat([first, torch.tensor([[30, 31, 32]])], 1)
         new = ids.shape[1] - width
         again = {k: pad(inputs[k], (0, new)) for k in inputs if k.endswith("type_ids")}
         again |= dict(
             input_ids=ids, attention_mask=pad(inputs["attention_mask"], (0, new), value=1)
         )
-        return first, answer[1](**again, **GREEDY, past_key_values=cache), cache.get_seq_length()
+        return first, answer[1](**again, **GREEDY, cache=cache), cache.get_seq_length()
 
     with vl_cache(family.model, budget=0.4, cuda_graph=cuda_graph) as session:
         model_generate = family.model.generate

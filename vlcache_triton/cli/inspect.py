@@ -121,7 +121,7 @@ def _draw(
     with waiting("drawing"):
         with vl_cache(vlm.model, variant.config), torch.no_grad():
             recording = Recording(vlm.model.config)
-            vlm.model(**inputs, past_key_values=recording, use_cache=True)
+            vlm.model(**inputs, cache=recording, use_cache=True)
         plan, (_, stats) = recording.plan_for(variant), recording.measure(variant)
         scores = torch.stack([x.scores for x in stats])
         try:

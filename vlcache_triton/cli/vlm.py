@@ -19,6 +19,7 @@ from vlcache_triton import VLCacheConfig
 from vlcache_triton.formreader import chat, load_form_reader
 from vlcache_triton.images import read_image
 from vlcache_triton.integrations.transformers import vl_cache
+from vlcache_triton.integrations.transformers.names import CACHE
 from vlcache_triton.policies import VL_CACHE, Policy
 from vlcache_triton.report import CompressionReport
 
@@ -157,7 +158,7 @@ class VisionLanguageModel:
         new = output.sequences[0, prompt_length:]
         text = self.processor.decode(new, skip_special_tokens=True).strip()
         if report is None:
-            cache = output.past_key_values
+            cache = output[CACHE]
             kv_bytes, kept = _dense_bytes(cache, prompt_length), [prompt_length] * len(cache.layers)
         else:
             kv_bytes, kept = report.bytes_after, [kept for (kept,) in report.kept]

@@ -46,7 +46,7 @@ def prefill(model: Any, query: Query, max_new_tokens: int) -> tuple[Recording, T
     `[1, vocab_size]`."""
     room = len(query.continuation) + max_new_tokens
     recording = Recording(model.config, max_new_tokens=room)
-    out = model(**query.inputs, past_key_values=recording, use_cache=True)
+    out = model(**query.inputs, cache=recording, use_cache=True)
     recording.keep_other_layers()
     return recording, out.logits[:, -1]
 
@@ -61,14 +61,14 @@ def answer(
     device = logits.device
     if len(query.continuation):
         ids = query.continuation.to(device).expand(num_seqs, -1)
-        out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
         logits = out.logits[:, -1]
     token = logits.argmax(-1).expand(num_seqs)
     tokens = [token]
     ends = torch.tensor(sorted(eos), device=device)
     finished = torch.isin(token, ends)
     while len(tokens) < max_new_tokens and not finished.all():
-        out = model(input_ids=token[:, None], past_key_values=cache, use_cache=True)
+        out = model(input_ids=token[:, None], cache=cache, use_cache=True)
         token = out.logits[:, -1].argmax(-1)
         tokens.append(token)
         finished |= torch.isin(token, ends)

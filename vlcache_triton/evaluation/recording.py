@@ -47,7 +47,7 @@ class _Watched(RaggedCache):
 class Recording(VLCache):
     """The full cache of one prompt, in the ragged layout, with all that a policy may look at.
 
-    Hand it to the model as `past_key_values` of the prompt's forward pass inside a vl_cache block,
+    Hand it to the model as `cache` of the prompt's forward pass inside a vl_cache block,
     and decode on it for the full cache's answer. `compress` makes compressed copies of the prompt.
     """
 
