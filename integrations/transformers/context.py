@@ -22,7 +22,14 @@ from .cache import MAX_HEAD_ROOM, VLCache
 from .generate import check_stopping, lean_loop, static_warpers
 from .graph import DecodeGraphs, graphed_forward
 from .names import CACHE, rename_cache
-from .support import check_choices, check_generate, check_lean, check_mode, check_model
+from .support import (
+    check_choices,
+    check_generate,
+    check_lean,
+    check_mode,
+    check_model,
+    warn_of_version,
+)
 
 
 class Session:
@@ -147,6 +154,7 @@ def vl_cache(
     check_choices(config, policy, streaming)
     if not (isinstance(model, PreTrainedModel) and model.can_generate()):
         raise ValueError(f"model: got {type(model).__name__}, expected one that can generate")
+    warn_of_version()
     check_model(model)
     get_backend(backend, model.device)
     if backend == "triton" and model.device.type != "cuda" and model.dtype == torch.bfloat16:
@@ -288,11 +296,7 @@ def _end(model: PreTrainedModel, args: tuple, kwargs: dict, output: Any) -> None
     prefilling.set(None)
     cache.end_step()
     if cache.will_compress and not cache.is_compressed:
-        # A compression that silently did not happen is the worst bug here.
-        raise RuntimeError(
-            f"{type(model).__name__}: its prompt was read, but not compressed; its attention does"
-            " not reach vl_cache. Please report this"
-        )
+        raise unobserved(model)
 
 
 def visual_tokens(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Any
 
+from packaging.specifiers import SpecifierSet
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, __version__
 from transformers.generation.configuration_utils import GenerationMode
 
 from vlcache_triton import VLCacheConfig
 from vlcache_triton.policies import VL_CACHE, Policy
 from vlcache_triton.prompt import left_pads
 
+SUPPORTED_VERSIONS = ">=5.17,<5.25"  # of Transformers: what pyproject.toml asks for, and CI tests
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 GENERATION_MODES = (
     GenerationMode.GREEDY_SEARCH,
@@ -53,6 +57,26 @@ REFUSED_FAMILIES = {
     "gemma4": "its layers share KV caches and differ in head size",
     "mllama": "it sees images by cross-attention, so there are no visual tokens to compress",
 }
+
+
+@functools.cache
+def warn_of_version() -> None:
+    """Say, once, that nobody has tested the Transformers that is installed."""
+    if not SpecifierSet(SUPPORTED_VERSIONS).contains(__version__, prereleases=True):
+        warnings.warn(
+            f"vl_cache: got Transformers {__version__}, expected {SUPPORTED_VERSIONS}, which its"
+            " tests pass on; going on all the same",
+            stacklevel=4,  # whoever enters the block
+        )
+
+
+def unobserved(model: PreTrainedModel) -> RuntimeError:
+    """The error for a prompt whose attention nobody has seen: the worst bug, were it silent."""
+    return RuntimeError(
+        f"{type(model).__name__}: its prompt was read, but not compressed; its attention does not"
+        f" reach vl_cache. Transformers {__version__} is installed, {SUPPORTED_VERSIONS} is"
+        " supported; if yours is, please report this"
+    )
 
 
 def layer_types(text_config: PreTrainedConfig) -> list[str]:
@@ -171,7 +195,8 @@ def check_generate(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
             raise NotImplementedError(f"{name}: got {choice(name)!r}, expected None with vl_cache")
     if choice("assistant_early_exit") is not None:
         raise NotImplementedError("assistant_early_exit: expected None with vl_cache")
-    if choice("cache_implementation") is not None:
+    # "hybrid" stands in old checkpoints of models with windows; Transformers itself drops it.
+    if choice("cache_implementation") not in (None, "hybrid"):
         raise NotImplementedError(
             f"cache_implementation: got {choice('cache_implementation')!r}, expected None"
             " (vl_cache brings its own)"
