@@ -173,7 +173,8 @@ def write(folder: Path) -> None:
     first = next((x for rows in tests.values() for x in rows if "copy_rate" in x), {})
     keys = ("gpu", "clocks.sm,max,mem,driver", "torch", "triton", "commit", "date", "method")
     facts = " · ".join(f"{key}: {first[key]}" for key in keys if key in first)
-    parts = [f"# Measured on one GPU\n\n{facts} · copy rate: {first.get('copy_rate', 0):.0f} GB/s\n"]
+    rate = first.get("copy_rate", 0)
+    parts = [f"# Measured on one GPU\n\n{facts} · copy rate: {rate:.0f} GB/s\n"]
     sections = {
         "decode": ("Decode attention", decode_tables),
         "score": ("Statistics of one layer, 50 query rows", kernel_table),

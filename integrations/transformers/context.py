@@ -28,6 +28,7 @@ from .support import (
     check_lean,
     check_mode,
     check_model,
+    unobserved,
     warn_of_version,
 )
 
