@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 from torch import Tensor
@@ -38,11 +36,16 @@ def expect_same_device(**tensors: Tensor | None) -> None:
     first, device = next((name, x.device) for name, x in given.items())
     for name, x in given.items():
         expect(x.device == device, name, f"device {x.device}", f"{device}, as {first}")
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type != "cuda" and not interpreted():
         raise ValueError(
             f"{first}: got device {device}, expected a CUDA device"
             " (or TRITON_INTERPRET=1, set before Triton is imported, to run on the CPU)"
         )
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels on the CPU; it knows which values of TRITON_INTERPRET say so."""
+    return triton.knobs.runtime.interpret
 
 
 def num_multiprocessors(device: torch.device) -> int:

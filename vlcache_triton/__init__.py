@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .budgets import layer_budgets
     from .config import VLCacheConfig
+    from .integrations.transformers import vl_cache
 
 __version__ = "0.1.0"
-__all__ = ["VLCacheConfig", "layer_budgets"]
+__all__ = ["VLCacheConfig", "layer_budgets", "vl_cache"]
+
+_HOMES = {
+    "VLCacheConfig": ".config",
+    "layer_budgets": ".budgets",
+    "vl_cache": ".integrations.transformers",
+}
 
 
 def __getattr__(name: str) -> Any:
     """What the package offers, imported when it is asked for: it takes torch, and seconds."""
-    if name == "VLCacheConfig":
-        from .config import VLCacheConfig
-
-        return VLCacheConfig
-    if name == "layer_budgets":
-        from .budgets import layer_budgets
-
-        return layer_budgets
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return sorted({*globals(), *__all__})

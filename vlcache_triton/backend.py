@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
@@ -38,7 +37,9 @@ def get_backend(name: BackendName, device: torch.device) -> Backend:
         from . import reference
 
         return Backend("reference", *(getattr(reference, field) for field in Backend._fields[1:]))
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    from .kernels.validate import interpreted
+
+    if device.type != "cuda" and not interpreted():
         raise ValueError(
             f"backend: got 'triton' for a model on {device}, expected a CUDA device"
             " (or TRITON_INTERPRET=1, set before Triton is imported)"

@@ -26,13 +26,19 @@ def test_an_unknown_backend_is_named(name):
         get_backend(name, CPU)
 
 
-@pytest.mark.parametrize("setting", [None, "0"])
+@pytest.mark.parametrize("setting", [None, "0", "false", "off", ""])
 def test_triton_on_the_cpu_needs_its_interpreter(monkeypatch, setting):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if setting is not None:
         monkeypatch.setenv("TRITON_INTERPRET", setting)
     with pytest.raises(ValueError, match=r"^backend: got 'triton' for a model on cpu"):
         get_backend("triton", CPU)
+
+
+@pytest.mark.parametrize("setting", ["1", "true", "TRUE", "on", "yes", "y"])
+def test_what_triton_takes_for_true_asks_for_its_interpreter(monkeypatch, setting):
+    monkeypatch.setenv("TRITON_INTERPRET", setting)
+    assert get_backend("triton", CPU).name == "triton"
 
 
 @pytest.mark.parametrize(("name", "device"), [("triton", "cuda"), ("auto", "cuda")])
