@@ -64,7 +64,8 @@ def test_kernels_work_copied_into_an_engine(tmp_path):
 def test_imports_point_down_only():
     for file in (ROOT / "vlcache_triton").rglob("*.py"):
         relative = file.relative_to(ROOT / "vlcache_triton")
-        if relative.parts[0] in ("kernels", "integrations", "cli", "formreader", "evaluation"):
+        above = ("kernels", "integrations", "cli", "formreader", "evaluation", "__init__.py")
+        if relative.parts[0] in above:
             continue
         assert "integrations" not in file.read_text(), relative
     for ours, other in (("transformers", "sglang"), ("sglang", "transformers")):
@@ -76,9 +77,38 @@ def test_the_package_is_imported_without_torch():
     """What it offers comes when it is asked for; an unknown name is an error as ever."""
     code = (
         "import sys, vlcache_triton; assert 'torch' not in sys.modules;"
-        "assert {'VLCacheConfig', 'layer_budgets', '__version__'} <= set(dir(vlcache_triton));"
+        "assert {*vlcache_triton.__all__, '__version__'} <= set(dir(vlcache_triton));"
         "assert not hasattr(vlcache_triton, 'nothing');"
         "from vlcache_triton import VLCacheConfig, layer_budgets;"
-        "print(VLCacheConfig().budget, layer_budgets.__name__)"
+        "assert 'transformers' not in sys.modules;"
+        "from vlcache_triton import vl_cache;"
+        "print(VLCacheConfig().budget, layer_budgets.__name__, vl_cache.__name__)"
     )
-    assert run_python(code, ROOT) == "0.1 layer_budgets"
+    assert run_python(code, ROOT) == "0.1 layer_budgets vl_cache"
+
+
+def test_without_transformers_vl_cache_says_what_to_install():
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "from vlcache_triton import VLCacheConfig, layer_budgets\n"
+        "try:\n    from vlcache_triton import vl_cache\n"
+        "except ModuleNotFoundError as error:\n    print(error.name, error)"
+    )
+    name, message = run_python(code, ROOT).split(maxsplit=1)
+    assert name == "transformers"
+    assert "pip install 'vlcache-triton[transformers]'" in message
+
+
+def test_a_type_checker_sees_what_the_package_offers():
+    """Which is written twice: where type checkers look, and where Python does."""
+    import vlcache_triton
+
+    tree = ast.parse((ROOT / "vlcache_triton" / "__init__.py").read_text())
+    typed = {
+        alias.name: f".{node.module}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level == 1
+        for alias in node.names
+    }
+    assert typed == vlcache_triton._HOMES
+    assert sorted(typed) == vlcache_triton.__all__

@@ -267,9 +267,7 @@ def inspect_cubin(cubin: bytes) -> tuple[dict[str, int], str]:
         return {name: int(value) for name, value in usage}, run("nvdisasm", "-c")
 
 
-def compile_all(
-    wanted: Callable[[Case, int], bool] = lambda case, target: True, processes: int = 2
-) -> list[Compiled]:
+def compile_all(wanted: Callable[[Case, int], bool], processes: int = 2) -> list[Compiled]:
     """Compile what is wanted, in processes that share Triton's cache on the disk."""
     cases = {str(case): case for case in CASES}
     jobs = [
@@ -303,8 +301,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where aot_resources.json and .md go")
     parser.add_argument("--quick", action="store_true", help="only what CI compiles")
+    parser.add_argument("--target", type=int, choices=TARGETS, help="only this compute capability")
     options = parser.parse_args()
-    results = compile_all(is_quick) if options.quick else compile_all()
+
+    def wanted(case: Case, target: int) -> bool:
+        return options.target in (None, target) and (is_quick(case, target) or not options.quick)
+
+    results = compile_all(wanted)
     options.folder.mkdir(parents=True, exist_ok=True)
     rows = [asdict(x) for x in results]
     (options.folder / "aot_resources.json").write_text(json.dumps(rows, indent=1) + "\n")
