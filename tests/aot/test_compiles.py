@@ -13,6 +13,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 # Bytes a block may have; 163 KiB on sm_80, but 99 on sm_86 and sm_89, which are compiled for alike.
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# The assembler that comes with Triton 3.9 keeps nothing in memory; those of 3.6 and 3.7 one pair of
+# registers in a variant or two.
+STACK_LIMIT = 8
 KERNELS = {
     file.stem.removesuffix("_kernels") + kernel
     for file in (ROOT / "kernels").glob("*.py")
@@ -35,7 +38,7 @@ def check(rows: list[dict]) -> None:
     assert {row["kernel"] for row in rows} == KERNELS
     assert {row["target"] for row in rows} == set(SHARED_LIMIT)
     for row in rows:
-        assert row["stack"] == row["local"] == 0, f"spills: {row}"
+        assert row["stack"] + row["local"] <= STACK_LIMIT, f"spills: {row}"
         assert row["shared"] <= SHARED_LIMIT[row["target"]], row
         assert row["registers"] <= 255, row
         if row["kernel"] in PRODUCTS and row["case"].startswith("bfloat16"):
