@@ -15,9 +15,14 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def load_form_reader(
-    *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    folder: Path | str = WEIGHTS,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The embedded vision-language model, in eval mode, and its processor; reads no network.
+
+    folder: another one that benchmarks/accuracy/train_form_reader.py has written.
 
     10.9 M parameters, stored as fp16; float32 is the fast dtype on a CPU. The processor's chat
     template takes any number of images and turns. See weights/PROVENANCE.md for what it can do.
@@ -25,9 +30,9 @@ def load_form_reader(
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
     model = LlavaForConditionalGeneration.from_pretrained(
-        WEIGHTS, dtype=dtype, local_files_only=True
+        folder, dtype=dtype, local_files_only=True
     )
-    processor = LlavaProcessor.from_pretrained(WEIGHTS, local_files_only=True)
+    processor = LlavaProcessor.from_pretrained(folder, local_files_only=True)
     return model.eval().to(device), processor
 
 

@@ -45,6 +45,7 @@ def draw_pages(
     *,
     fields: tuple[int, int] = (6, 12),
     clutter: float = 0.5,
+    rows: range = range(GRID_SIZE),
 ) -> tuple[Page, ...]:
     """Draw the pages of one document; no key and no value occurs twice in it.
 
@@ -53,6 +54,7 @@ def draw_pages(
         num_pages: pages of the document, at least 1.
         fields: fewest and most fields of a page, both included, in [1, MAX_FIELDS].
         clutter: share of the rows that hold lower-case words between the fields, in [0, 1].
+        rows: those that hold anything, of the GRID_SIZE; the others stay blank.
 
     Raises:
         ValueError: naming the argument, what was got and what was expected.
@@ -62,6 +64,8 @@ def draw_pages(
         raise ValueError(f"num_pages: got {num_pages}, expected an int >= 1")
     if not 1 <= low <= high <= MAX_FIELDS or high * num_pages > len(KEYS):
         raise ValueError(f"fields: got {fields}, expected 1 <= low <= high <= {MAX_FIELDS}")
+    if not set(rows) <= set(range(GRID_SIZE)) or high > len(rows) * (GRID_SIZE // SLOT_WIDTH):
+        raise ValueError(f"rows: got {rows} for {high} fields, expected enough of {GRID_SIZE}")
     if not 0 <= clutter <= 1:
         raise ValueError(f"clutter: got {clutter}, expected a share in [0, 1]")
     counts = [rng.randint(low, high) for _ in range(num_pages)]
@@ -70,23 +74,21 @@ def draw_pages(
     while len(values) < len(keys):
         values[_value(rng)] = None
     entries = iter([Field(key, value) for key, value in zip(keys, values, strict=True)])
-    return tuple(_page(rng, [next(entries) for _ in range(n)], clutter) for n in counts)
+    return tuple(_page(rng, [next(entries) for _ in range(n)], clutter, rows) for n in counts)
 
 
-def _page(rng: Random, fields: list[Field], clutter: float) -> Page:
+def _page(rng: Random, fields: list[Field], clutter: float, rows: range) -> Page:
     cells = [[""] * GRID_SIZE for _ in range(GRID_SIZE)]
     taken: set[tuple[int, int]] = set()  # cells of fields and the one behind each
     columns = range(0, GRID_SIZE, SLOT_WIDTH)
-    slots = rng.sample(
-        [(row, column) for row in range(GRID_SIZE) for column in columns], len(fields)
-    )
+    slots = rng.sample([(row, column) for row in rows for column in columns], len(fields))
     for field, (row, slot) in zip(fields, sorted(slots), strict=True):
         column = slot + rng.randint(0, 1)
         words = [field.key + ":", field.value[:WORD_LENGTH], field.value[WORD_LENGTH:]]
         for offset, word in enumerate(words):
             cells[row][column + offset] = word
         taken.update((row, column + offset) for offset in range(len(words) + 1))
-    for row in range(GRID_SIZE):
+    for row in rows:
         if rng.random() < clutter:
             for column, word in _clutter(rng):
                 if (row, column) not in taken:
