@@ -32,7 +32,8 @@ def encode(vocabulary: dict[str, int], text: str) -> list[int]:
 def with_words(model: Any, processor: Any) -> Any:
     """A processor whose tokenizer knows the words; the model's embeddings grow in place.
 
-    A new word starts as the mean of its characters. A model that has the words stays as it is.
+    A new word is read as its last character was, and written as the mean of its characters. A
+    model that has the words stays as it is.
     """
     with TemporaryDirectory() as folder:
         processor.save_pretrained(folder)
@@ -48,7 +49,8 @@ def with_words(model: Any, processor: Any) -> Any:
         processor = type(processor).from_pretrained(folder, local_files_only=True)
     if new:
         model.resize_token_embeddings(size + len(new), mean_resizing=False)
-        for rows in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
-            for i, ids in enumerate(characters):
-                rows[size + i] = rows[ids].mean(0)
+        read, write = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        for i, ids in enumerate(characters):
+            read[size + i] = read[ids[-1]]
+            write[size + i] = write[ids].mean(0)
     return processor

@@ -253,6 +253,7 @@ def train(
                     log(compiled=pages)
                 optimizer.zero_grad(set_to_none=True)
             trained = waited = 0.0
+            norm = torch.zeros(())
             saved = evaluated = now()
             while not stopped:
                 step_start = now()
@@ -269,6 +270,7 @@ def train(
                 batch = next(batches)
                 waited += now() - step_start
                 answers, reading = backward(batch)
+                norm.item()  # of the step before: the host's clock is then the device's
                 norm = nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
