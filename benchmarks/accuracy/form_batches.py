@@ -7,6 +7,7 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 from random import Random
+from string import ascii_uppercase
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,11 @@ from vlcache_triton.formreader.render import CELL_SIZE, FONT_SIZE
 
 FIRST_CHARACTER, NUM_CHARACTERS = 32, 95  # printable ASCII; a space is a blank
 FONTS = ("DejaVuSansMono.ttf", "DejaVuSansMono-Bold.ttf", "DejaVuSans.ttf")
+BOLD = 1  # of FONTS, which labels of a form have
+TITLE_FONT, TITLE_SIZE, NUM_TITLES = "DejaVuSans-Bold.ttf", 22, 64
+TITLE_ROW = 1
+FORM_SHARE = 0.5  # of the pages, drawn as a form that people know
+COLUMNS_SHARE = 0.25  # of the pages, laid out in columns
 MAX_SHIFT = 1.5  # pixels; without it, another Pillow version's glyphs break the model
 TASK_WEIGHTS = {"value": 0.3, "field": 0.35, "count": 0.05, "next": 0.22, "list": 0.08}
 PAGE_WEIGHTS = {1: 0.8, 2: 0.14, 3: 0.06}  # pages a prompt
@@ -93,12 +99,14 @@ class Forms(IterableDataset):
         return Batch(*map(torch.from_numpy, (cells, *text)))
 
     def _sample(self, rng: Random, num_pages: int) -> tuple[np.ndarray, ...]:
-        """Cells `[pages, 24, 24, 4]`, rows in use `[24]`, input_ids, labels, weights `[length]`."""
+        """Cells `[pages, 24, 24, 4]`, rows for filler `[pages, 24]`, input_ids, labels, weights
+        `[length]`."""
         num_rows = GRID_SIZE if rng.random() < 0.5 else rng.randint(MIN_ROWS, GRID_SIZE)
         first = rng.randint(0, GRID_SIZE - num_rows)
         rows = range(first, first + num_rows)
         high = max(rng.randint(1, MAX_FIELDS), rng.randint(1, MAX_FIELDS))  # few are easy
-        pages = draw_pages(rng, num_pages, fields=(max(1, high - 3), high), clutter=0, rows=rows)
+        fields = max(1, high - 3), high
+        pages = list(draw_pages(rng, num_pages, fields=fields, clutter=0, rows=rows))
         before = FIRST_IMAGE_TOKEN + num_pages * VISUAL_TOKENS
         length = before + num_pages * self.text_length
         ids = np.full(length, self.vocabulary["<pad>"])
@@ -118,8 +126,11 @@ class Forms(IterableDataset):
             # Between an equal say for each token and for each answer: lists are long and easy.
             weights[answer_start:answer_end] = len(answer) ** -0.5
             end, template = answer_end, END
-        in_use = np.isin(np.arange(GRID_SIZE), rows)
-        return np.stack([page_codes(page) for page in pages]), in_use, ids, labels, weights
+        in_use = [np.isin(np.arange(GRID_SIZE), rows)] * num_pages
+        for i, page in enumerate(pages):
+            if rng.random() < COLUMNS_SHARE:
+                pages[i], in_use[i] = in_columns(rng, page)
+        return np.stack([page_codes(p) for p in pages]), np.stack(in_use), ids, labels, weights
 
 
 def draw_tasks(rng: Random, num_fields: int) -> list[Task]:
@@ -134,11 +145,31 @@ def draw_tasks(rng: Random, num_fields: int) -> list[Task]:
     return tasks
 
 
+def in_columns(rng: Random, page: Page) -> tuple[Page, np.ndarray]:
+    """A page's fields, in their order, below each other in columns, as on a form that people know;
+    and the rows that filler may take, `[24]` bool: a line in the header, all behind the fields."""
+    columns = rng.choice([1, 2, 2, 3, 3, 4, 6])
+    lines = -(-len(page.fields) // columns)
+    step = rng.choice([n for n in (1, 2, 3) if n * lines <= GRID_SIZE])
+    top = min(rng.choice([0, 2, 4, 4, 5]), GRID_SIZE - step * lines)
+    width = GRID_SIZE // columns
+    indent = rng.choice([(width - 3) // 2, rng.randint(0, width - 3)])
+    cells = [[""] * GRID_SIZE for _ in range(GRID_SIZE)]
+    for i, field in enumerate(page.fields):
+        line, column = divmod(i, columns)
+        start = column * width + indent
+        words = [field.key + ":", field.value[:WORD_LENGTH], field.value[WORD_LENGTH:]]
+        cells[top + line * step][start : start + len(words)] = words
+    rows = np.arange(GRID_SIZE)
+    free = ((rows == top - 2) & (rows != TITLE_ROW)) | (rows > top + step * lines)
+    return Page(tuple(map(tuple, cells)), page.fields), free
+
+
 def fill(rng: np.random.Generator, cells: np.ndarray, rows: np.ndarray) -> None:
     """Put lower-case words, in place, into 0 to 100 % of the cells that no field takes.
 
     Half the pages have them as `draw_pages` does, on some rows from an indent to an end, and half
-    scattered evenly. cells: `[n, pages, 24, 24, 4]` uint8; rows: `[n, 24]` bool, rows in use.
+    scattered evenly. cells: `[n, pages, 24, 24, 4]` uint8; rows: `[n, pages, 24]` bool, in use.
     """
     pages = cells.reshape(-1, GRID_SIZE, GRID_SIZE, WORD_LENGTH)
     n = len(pages)
@@ -154,7 +185,7 @@ def fill(rng: np.random.Generator, cells: np.ndarray, rows: np.ndarray) -> None:
     lines = (rng.random((n, GRID_SIZE, 1)) < share) & (indent <= columns) & (columns < end)
     lines &= rng.random((n, GRID_SIZE, GRID_SIZE)) < 0.8
     words = np.where(rng.random((n, 1, 1)) < 0.5, scattered, lines)
-    words &= ~taken & np.repeat(rows, cells.shape[1], 0)[:, :, None]
+    words &= ~taken & rows.reshape(-1, GRID_SIZE, 1)
     pages[words] = _filler()[rng.integers(len(_filler()), size=words.sum())]
 
 
@@ -177,16 +208,30 @@ def page_codes(page: Page) -> np.ndarray:
     return codes.reshape(GRID_SIZE, GRID_SIZE, WORD_LENGTH)
 
 
-def draw_glyphs() -> Tensor:
-    """`[num_fonts, 95, 28, 7]` fp32: the ink of each character in its strip of a cell."""
-    import matplotlib
-    from PIL import Image, ImageDraw, ImageFont
+class Stamps(NamedTuple):
+    """What pages are made of, as ink in [0, 1], fp32.
 
-    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
+    glyphs: `[num_fonts, 95, 28, 7]`, each character in its strip of a cell.
+    boxes: `[6, 28, 28]`, what a cell has of the outlines of values (see draw_boxes).
+    titles: `[NUM_TITLES, 28, 672]`, a row of cells each.
+    """
+
+    glyphs: Tensor
+    boxes: Tensor
+    titles: Tensor
+
+
+def draw_stamps(device: str = "cpu") -> Stamps:
+    return Stamps(*(x.to(device) for x in (draw_glyphs(), draw_boxes(), draw_titles())))
+
+
+def draw_glyphs() -> Tensor:
+    from PIL import Image, ImageDraw
+
     width = CELL_SIZE // WORD_LENGTH
     fonts = []
     for name in FONTS:
-        font = ImageFont.truetype(folder / name, FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
+        font = _font(name, FONT_SIZE)
         glyphs = []
         for code in range(NUM_CHARACTERS):
             strip = Image.new("L", (width, CELL_SIZE), 0)
@@ -198,13 +243,57 @@ def draw_glyphs() -> Tensor:
     return torch.tensor(np.stack(fonts))
 
 
+def draw_boxes() -> Tensor:
+    """By place in a field: 0 none, 1 its label, 2 and 3 its value, 4 the cell behind; 5 that cell
+    where it is the next field's label. The sides stand in the cells beside the value's."""
+    inset, outset = 2, 2  # pixels
+    sides = (inset, CELL_SIZE - 1 - inset)
+    boxes = torch.zeros(6, CELL_SIZE, CELL_SIZE)
+    boxes[1, sides[0] : sides[1] + 1, -outset] = 1
+    boxes[4, sides[0] : sides[1] + 1, outset - 1] = 1
+    for side in sides:
+        boxes[1, side, -outset:] = 1
+        boxes[2:4, side] = 1
+        boxes[4, side, :outset] = 1
+    boxes[5] = boxes[1] + boxes[4]
+    return boxes
+
+
+def draw_titles() -> Tensor:
+    """One to three words in capitals, most in the middle, some to the left."""
+    from PIL import Image, ImageDraw
+
+    rng, size = Random("titles"), GRID_SIZE * CELL_SIZE
+    font = _font(TITLE_FONT, TITLE_SIZE)
+    titles = []
+    for _ in range(NUM_TITLES):
+        lengths = [rng.randint(3, 8) for _ in range(rng.randint(1, 3))]
+        words = ["".join(rng.choices(ascii_uppercase, k=length)) for length in lengths]
+        strip = Image.new("L", (size, CELL_SIZE), 0)
+        x, anchor = (size / 2, "mm") if rng.random() < 0.7 else (rng.randint(5, 80), "lm")
+        ImageDraw.Draw(strip).text(
+            (x, CELL_SIZE / 2), " ".join(words), font=font, fill=255, anchor=anchor
+        )
+        titles.append(np.asarray(strip, np.float32) / 255)
+    return torch.tensor(np.stack(titles))
+
+
+def _font(name: str, size: int) -> Any:
+    import matplotlib
+    from PIL import ImageFont
+
+    path = Path(matplotlib.get_data_path(), "fonts", "ttf", name)
+    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+
+
 def draw_batch(
-    cells: Tensor, glyphs: Tensor, mean: Tensor, std: Tensor, *, augment: bool = True
+    cells: Tensor, stamps: Stamps, mean: Tensor, std: Tensor, *, augment: bool = True
 ) -> Tensor:
     """Pages `[n, 24, 24, 4]` as normalised pixels `[n, 3, 672, 672]`, on their device.
 
-    Font, shift, colours and noise vary by page; without `augment`, pages are as `render` draws
-    them. mean and std are the image processor's, `[3]`.
+    Font, shift, colours and noise vary by page, and FORM_SHARE of the pages are drawn as forms:
+    labels in bold, small words paler, values in boxes, a title. Without `augment`, pages are as
+    `render` draws them. mean and std are the image processor's, `[3]`.
     """
     n, device = len(cells), cells.device
     size = GRID_SIZE * CELL_SIZE
@@ -212,17 +301,42 @@ def draw_batch(
     def vary(*shape: int) -> Tensor:
         return torch.rand(n, *shape, device=device)
 
-    font = torch.randint(len(glyphs) if augment else 1, (n, 1, 1, 1), device=device)
-    ink = glyphs[font, cells.long()].permute(0, 1, 4, 2, 3, 5).reshape(n, 1, size, size)
-    if augment:
-        shift = torch.zeros(n, 2, 3, device=device)
-        shift[:, 0, 0] = shift[:, 1, 1] = 1
-        shift[:, :, 2] = (vary(2) * 2 - 1) * MAX_SHIFT * 2 / size
-        grid = F.affine_grid(shift, [n, 1, size, size], align_corners=False)
-        ink = F.grid_sample(ink, grid, align_corners=False)
-        paper, colour = 0.7 + 0.3 * vary(3, 1, 1), 0.4 * vary(3, 1, 1)
-        noise = torch.randn(n, 3, size, size, device=device) * (0.04 * vary(1, 1, 1))
-        pixels = (paper + (colour - paper) * ink + noise).clamp(0, 1)
-    else:
-        pixels = (1 - ink).expand(-1, 3, -1, -1)
+    if not augment:
+        pixels = (1 - _ink(cells, stamps.glyphs[0, cells.long()])).expand(-1, 3, -1, -1)
+        return (pixels - mean[:, None, None]) / std[:, None, None]
+    form = vary(1, 1) < FORM_SHARE
+    keys = cells[..., -1] == ord(":") - FIRST_CHARACTER
+    small = (cells[..., 0] >= ord("a") - FIRST_CHARACTER) & (
+        cells[..., 0] <= ord("z") - FIRST_CHARACTER
+    )
+    font = torch.randint(len(stamps.glyphs), (n, 1, 1), device=device)
+    font = torch.where(keys & form & (vary(1, 1) < 0.75), BOLD, font)
+    strength = torch.where(small & form, 0.45 + 0.55 * vary(1, 1), 1.0)
+    glyphs = stamps.glyphs[font[..., None], cells.long()]
+    ink = _ink(cells, glyphs * strength[..., None, None, None])
+    places = keys.long()
+    for offset in (1, 2, 3):
+        places[..., offset:] += keys[..., :-offset] * (offset + 1)
+    strength = (0.15 + 0.35 * vary(1, 1)) * (form & (vary(1, 1) < 0.7))
+    boxes = (stamps.boxes[places] * strength[..., None, None]).permute(0, 1, 3, 2, 4)
+    ink = torch.maximum(ink, boxes.reshape(n, 1, size, size))
+    free = ~cells[:, TITLE_ROW].bool().flatten(1).any(1)[:, None, None]
+    titled = form & free & (vary(1, 1) < 0.8)
+    titles = stamps.titles[torch.randint(len(stamps.titles), (n,), device=device)]
+    row = ink[:, 0, TITLE_ROW * CELL_SIZE : (TITLE_ROW + 1) * CELL_SIZE]
+    row += titles * (titled * (0.2 + 0.8 * vary(1, 1)))
+    shift = torch.zeros(n, 2, 3, device=device)
+    shift[:, 0, 0] = shift[:, 1, 1] = 1
+    shift[:, :, 2] = (vary(2) * 2 - 1) * MAX_SHIFT * 2 / size
+    grid = F.affine_grid(shift, [n, 1, size, size], align_corners=False)
+    ink = F.grid_sample(ink, grid, align_corners=False)
+    paper, colour = 0.7 + 0.3 * vary(3, 1, 1), 0.4 * vary(3, 1, 1)
+    noise = torch.randn(n, 3, size, size, device=device) * (0.04 * vary(1, 1, 1))
+    pixels = (paper + (colour - paper) * ink + noise).clamp(0, 1)
     return (pixels - mean[:, None, None]) / std[:, None, None]
+
+
+def _ink(cells: Tensor, glyphs: Tensor) -> Tensor:
+    """`[n, 1, 672, 672]` of the cells' characters `[n, 24, 24, 4, 28, 7]`."""
+    size = GRID_SIZE * CELL_SIZE
+    return glyphs.permute(0, 1, 4, 2, 3, 5).reshape(len(cells), 1, size, size)

@@ -34,7 +34,7 @@ from form_batches import (
     Batch,
     Forms,
     draw_batch,
-    draw_glyphs,
+    draw_stamps,
     page_codes,
 )
 from form_words import with_words
@@ -130,14 +130,14 @@ class Painter:
     """Draws pages on the device as the processor would give them to the model."""
 
     def __init__(self, image_processor: Any, device: str) -> None:
-        self.glyphs = draw_glyphs().to(device)
+        self.stamps = draw_stamps(device)
         self.mean = torch.tensor(image_processor.image_mean, device=device)
         self.std = torch.tensor(image_processor.image_std, device=device)
 
     def __call__(self, cells: Tensor, *, augment: bool = True) -> Tensor:
         """`[..., 24, 24, 4]` to `[n, 3, 672, 672]`."""
-        cells = cells.reshape(-1, GRID_SIZE, GRID_SIZE, WORD_LENGTH).to(self.glyphs.device)
-        return draw_batch(cells, self.glyphs, self.mean, self.std, augment=augment)
+        cells = cells.reshape(-1, GRID_SIZE, GRID_SIZE, WORD_LENGTH).to(self.mean.device)
+        return draw_batch(cells, self.stamps, self.mean, self.std, augment=augment)
 
 
 def initial(init: str, device: str) -> tuple[Any, Any]:

@@ -10,6 +10,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
 
 from vlcache_triton.formreader import (
     TASKS,
@@ -101,11 +102,13 @@ def test_plain_pages_are_what_the_processor_makes_of_rendered_ones(start):
 def test_a_drawn_batch_shows_what_the_renderer_shows(monkeypatch):
     """But for colours and noise."""
     monkeypatch.setattr(form_batches, "MAX_SHIFT", 0.0)
+    monkeypatch.setattr(form_batches, "FORM_SHARE", 0.0)
     torch.manual_seed(0)
     (page,) = draw_dialogue("draw", ["value"]).pages
     cells = torch.tensor(form_batches.page_codes(page))[None]
-    glyphs = form_batches.draw_glyphs()[:1]
-    drawn = form_batches.draw_batch(cells, glyphs, torch.zeros(3), torch.ones(3))[0].mean(0)
+    stamps = form_batches.draw_stamps()
+    stamps = stamps._replace(glyphs=stamps.glyphs[:1])
+    drawn = form_batches.draw_batch(cells, stamps, torch.zeros(3), torch.ones(3))[0].mean(0)
     rendered = torch.tensor(np.asarray(render(page).convert("L")), dtype=torch.float32) / 255
     drawn, rendered = (1 - x / x.max() for x in (drawn, rendered))
     correlation = torch.corrcoef(torch.stack([drawn.flatten(), rendered.flatten()]))[0, 1]
@@ -276,3 +279,32 @@ def test_from_scratch(form_reader):
     shipped = form_reader[0].state_dict()
     name = "lm_head.weight"
     assert not torch.equal(model.state_dict()[name][: len(shipped[name])], shipped[name])
+
+
+def test_a_form_has_boxes_bold_labels_and_a_title(monkeypatch):
+    """Ink on white, pixel by pixel, as Pillow draws a rectangle round a value."""
+    monkeypatch.setattr(form_batches, "FORM_SHARE", 1.0)
+    monkeypatch.setattr(form_batches, "MAX_SHIFT", 0.0)
+    cells = torch.zeros(64, 24, 24, 4, dtype=torch.uint8)
+    for row, column in ((3, 0), (3, 4), (5, 21)):  # side by side, and at the edge
+        cells[:, row, column] = torch.tensor([ord(c) - 32 for c in "KAB:"])
+    cells[32:, 1, 5] = 70  # no room for a title
+    stamps = form_batches.draw_stamps()
+    torch.manual_seed(0)
+    drawn = form_batches.draw_batch(cells, stamps, torch.zeros(3), torch.ones(3)).mean(1)
+    paper = drawn.flatten(1).median(1).values[:, None, None]
+    assert ((drawn / paper < 0.9).float().mean((1, 2)) < 0.1).all()
+    image = Image.new("L", (672, 672), 0)
+    draw = ImageDraw.Draw(image)
+    for row, column in ((3, 0), (3, 4), (5, 21)):
+        left, top = (column + 1) * 28 - 2, row * 28 + 2
+        draw.rectangle((left, top, left + 59, top + 23), outline=1)
+    box = torch.tensor(np.asarray(image), dtype=torch.bool)
+    on, off = (
+        (drawn / paper)[:, 3 * 28 : 6 * 28, 28 * 22 - 1 :][:, m].mean(1)
+        for m in (box[3 * 28 : 6 * 28, 28 * 22 - 1 :], ~box[3 * 28 : 6 * 28, 28 * 22 - 1 :])
+    )
+    boxed = on < off - 0.03
+    assert 0.4 < boxed.float().mean() < 0.95 and (off > 0.97).all()
+    titled = ((drawn / paper)[:, 28:56, 7 * 28 :] < 0.9).float().mean((1, 2)) > 0.01
+    assert titled[:32].any() and not titled[32:].any()
