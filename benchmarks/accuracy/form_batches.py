@@ -291,52 +291,64 @@ def draw_batch(
 ) -> Tensor:
     """Pages `[n, 24, 24, 4]` as normalised pixels `[n, 3, 672, 672]`, on their device.
 
-    Font, shift, colours and noise vary by page, and FORM_SHARE of the pages are drawn as forms:
-    labels in bold, small words paler, values in boxes, a title. Without `augment`, pages are as
-    `render` draws them. mean and std are the image processor's, `[3]`.
+    Font, shift, colours and noise vary by page, and some are drawn as forms (see vary_ink); without
+    `augment`, pages are as `render` draws them. mean and std are the image processor's, `[3]`.
     """
     n, device = len(cells), cells.device
-    size = GRID_SIZE * CELL_SIZE
-
-    def vary(*shape: int) -> Tensor:
-        return torch.rand(n, *shape, device=device)
-
-    if not augment:
-        pixels = (1 - _ink(cells, stamps.glyphs[0, cells.long()])).expand(-1, 3, -1, -1)
-        return (pixels - mean[:, None, None]) / std[:, None, None]
-    form = vary(1, 1) < FORM_SHARE
-    keys = cells[..., -1] == ord(":") - FIRST_CHARACTER
-    small = (cells[..., 0] >= ord("a") - FIRST_CHARACTER) & (
-        cells[..., 0] <= ord("z") - FIRST_CHARACTER
-    )
-    font = torch.randint(len(stamps.glyphs), (n, 1, 1), device=device)
-    font = torch.where(keys & form & (vary(1, 1) < 0.75), BOLD, font)
-    strength = torch.where(small & form, 0.45 + 0.55 * vary(1, 1), 1.0)
-    glyphs = stamps.glyphs[font[..., None], cells.long()]
-    ink = _ink(cells, glyphs * strength[..., None, None, None])
-    places = keys.long()
-    for offset in (1, 2, 3):
-        places[..., offset:] += keys[..., :-offset] * (offset + 1)
-    strength = (0.15 + 0.35 * vary(1, 1)) * (form & (vary(1, 1) < 0.7))
-    boxes = (stamps.boxes[places] * strength[..., None, None]).permute(0, 1, 3, 2, 4)
-    ink = torch.maximum(ink, boxes.reshape(n, 1, size, size))
-    free = ~cells[:, TITLE_ROW].bool().flatten(1).any(1)[:, None, None]
-    titled = form & free & (vary(1, 1) < 0.8)
-    titles = stamps.titles[torch.randint(len(stamps.titles), (n,), device=device)]
-    row = ink[:, 0, TITLE_ROW * CELL_SIZE : (TITLE_ROW + 1) * CELL_SIZE]
-    row += titles * (titled * (0.2 + 0.8 * vary(1, 1)))
-    shift = torch.zeros(n, 2, 3, device=device)
-    shift[:, 0, 0] = shift[:, 1, 1] = 1
-    shift[:, :, 2] = (vary(2) * 2 - 1) * MAX_SHIFT * 2 / size
-    grid = F.affine_grid(shift, [n, 1, size, size], align_corners=False)
-    ink = F.grid_sample(ink, grid, align_corners=False)
-    paper, colour = 0.7 + 0.3 * vary(3, 1, 1), 0.4 * vary(3, 1, 1)
-    noise = torch.randn(n, 3, size, size, device=device) * (0.04 * vary(1, 1, 1))
-    pixels = (paper + (colour - paper) * ink + noise).clamp(0, 1)
+    if augment:
+        ink = vary_ink(cells, stamps)
+        size = ink.shape[-1]
+        shift = torch.zeros(n, 2, 3, device=device)
+        shift[:, 0, 0] = shift[:, 1, 1] = 1
+        shift[:, :, 2] = (torch.rand(n, 2, device=device) * 2 - 1) * MAX_SHIFT * 2 / size
+        grid = F.affine_grid(shift, [n, 1, size, size], align_corners=False)
+        ink = F.grid_sample(ink, grid, align_corners=False)
+        paper = 0.7 + 0.3 * torch.rand(n, 3, 1, 1, device=device)
+        colour = 0.4 * torch.rand(n, 3, 1, 1, device=device)
+        noise = torch.randn(n, 3, size, size, device=device)
+        noise *= 0.04 * torch.rand(n, 1, 1, 1, device=device)
+        pixels = (paper + (colour - paper) * ink + noise).clamp(0, 1)
+    else:
+        pixels = (1 - _assemble(stamps.glyphs[0, cells.long()])).expand(-1, 3, -1, -1)
     return (pixels - mean[:, None, None]) / std[:, None, None]
 
 
-def _ink(cells: Tensor, glyphs: Tensor) -> Tensor:
-    """`[n, 1, 672, 672]` of the cells' characters `[n, 24, 24, 4, 28, 7]`."""
+def vary_ink(cells: Tensor, stamps: Stamps) -> Tensor:
+    """Ink `[n, 1, 672, 672]` of pages `[n, 24, 24, 4]`, each in a font of its own.
+
+    FORM_SHARE of them look like forms that people know: most with labels in bold and values in
+    pale boxes, all with small words paler, most with a title if the row for it is blank.
+    """
+    n, device = len(cells), cells.device
+
+    def chance(share: float) -> Tensor:
+        return torch.rand(n, 1, 1, device=device) < share
+
+    def between(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(n, 1, 1, device=device)
+
+    form = chance(FORM_SHARE)
+    labels = cells[..., -1] == ord(":") - FIRST_CHARACTER
+    small = cells[..., 0] >= ord("a") - FIRST_CHARACTER
+    font = torch.randint(len(stamps.glyphs), (n, 1, 1), device=device)
+    font = torch.where(labels & form & chance(0.75), BOLD, font)
+    strength = torch.where(small & form, between(0.45, 1.0), 1.0)
+    glyphs = stamps.glyphs[font[..., None], cells.long()]
+    ink = _assemble(glyphs * strength[..., None, None, None])
+    places = labels.long()
+    for offset in range(1, SLOT_WIDTH):
+        places[..., offset:] += labels[..., :-offset] * (offset + 1)
+    strength = between(0.15, 0.5) * (form & chance(0.7))
+    boxes = stamps.boxes[places] * strength[..., None, None]
+    ink = torch.maximum(ink, _assemble(boxes[:, :, :, None]))
+    blank = ~cells[:, TITLE_ROW].bool().flatten(1).any(1)[:, None, None]
+    titles = stamps.titles[torch.randint(len(stamps.titles), (n,), device=device)]
+    row = ink[:, 0, TITLE_ROW * CELL_SIZE : (TITLE_ROW + 1) * CELL_SIZE]
+    row += titles * between(0.2, 1.0) * (form & blank & chance(0.8))
+    return ink
+
+
+def _assemble(strips: Tensor) -> Tensor:
+    """`[n, 1, 672, 672]` of cells in strips, `[n, 24, 24, strips, 28, width of a strip]`."""
     size = GRID_SIZE * CELL_SIZE
-    return glyphs.permute(0, 1, 4, 2, 3, 5).reshape(len(cells), 1, size, size)
+    return strips.permute(0, 1, 4, 2, 3, 5).reshape(len(strips), 1, size, size)
