@@ -2,7 +2,7 @@
 
 import pytest
 
-from vlcache_triton.evaluation import plot, report, summarise
+from vlcache_triton.evaluation import report, summarise
 from vlcache_triton.evaluation.metrics import wilson_interval
 from vlcache_triton.evaluation.summary import names, pick
 
@@ -85,11 +85,3 @@ def test_the_page_of_what_only_the_full_cache_was_asked():
     only_full = [{**result("s", 0, True, True), "rows": [row("full", 1.0, True, 1.0)]}]
     page = report(summarise(only_full), {})
     assert "## The full cache" in page and "## Ablation" not in page
-
-
-@pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_a_plot_is_written(tmp_path, suffix):
-    path = tmp_path / f"value.{suffix}"
-    plot(summarise(RESULTS), "value", path)
-    start = path.read_bytes()[:200]
-    assert (b"PNG" if suffix == "png" else b"<?xml") in start
