@@ -1,8 +1,9 @@
-"""Draw a prompt's page with the kept tokens lit, its score map, and the layers' budgets."""
+"""Draw a prompt's page with the kept tokens tinted, its score map, and the layers' budgets."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,12 @@ from vlcache_triton.plan import CompressionPlan
 from .grids import ImageGrid
 
 COLUMNS = 4  # of a page of small pictures
-KEPT = "bright: kept by every KV head{of}; dark: evicted by every one"
+LUMINANCE = torch.tensor([0.2126, 0.7152, 0.0722])
+TINT = torch.tensor([1.0, 0.5, 0.0])
+OPACITY = 0.5  # of the full tint: black and white then keep a contrast of 4.5 under any weight
+MAX_SIDE = 1024  # pixels of a page that is drawn on; a photograph has more than can be seen
+DPI = 144
+SCALE_SIZE = (4.5, 0.3)  # inches, under the maps
 
 
 def draw_report(
@@ -31,9 +37,10 @@ def draw_report(
 ) -> list[Path]:
     """Write PNG pictures of one compressed prompt into `folder`, which is made.
 
-    budgets.png: sparsity and kept share of each layer. For each image i: kept-i.png, the share of
-    (layer, KV head) pairs that keep each token; layers-i.png, the same for each layer on its own;
-    scores-i.png, where the score ψ falls, mean over layers and heads.
+    budgets.png: sparsity and kept share of each layer. For each image i: kept-i.png, how many of
+    the (layer, KV head) pairs keep each token; layers-i.png, the same for each layer on its own;
+    scores-i.png, where the score ψ falls, mean over layers and heads. A scale under each says what
+    its colours mean.
 
     Args:
         images: as the user gave them; drawn on where a grid has no pixels of its own.
@@ -47,22 +54,28 @@ def draw_report(
     paths = [_draw_budgets(folder / "budgets.png", plan, layers)]
     normalised = scores / scores.sum(-1, keepdim=True).clamp(min=1e-12)
     ranking = normalised.mean((0, 1)).cpu()  # [length]
+    heads = plan.num_kv_heads
     for i, grid in enumerate(grids, 1):
         fallback = images[min(i, len(images)) - 1]
         page = grid.pixels if grid.pixels is not None else _pixels(fallback)
-        lit = kept[:, grid.positions]  # [num_layers, rows, columns]
-        share = f"{lit.mean():.0%} of this image's tokens kept"
-        caption = KEPT.format(of=" of every layer")
+        held = kept[:, grid.positions]  # [num_layers, rows, columns]
+        title = f"{held.mean():.0%} of this image's tokens kept"
+        total = len(layers) * heads
+        scale = _count_scale(total, f"of all {total} ({len(layers)} layers × {heads})")
         path = folder / f"kept-{i}.png"
-        paths.append(_draw_maps(path, page, lit.mean(0)[None], [share], caption))
-        titles = [f"layer {n}: {x.mean():.0%}" for n, x in zip(layers, lit, strict=True)]
+        paths.append(_draw_maps(path, page, held.mean(0)[None], [title], scale))
+        titles = [f"layer {n}: {x.mean():.0%}" for n, x in zip(layers, held, strict=True)]
         path = folder / f"layers-{i}.png"
-        paths.append(_draw_maps(path, page, lit, titles, KEPT.format(of="")))
+        scale = _count_scale(heads, f"of the layer's {heads}")
+        paths.append(_draw_maps(path, page, held, titles, scale))
         heat = ranking[grid.positions]
         heat = heat / heat.max().clamp(min=1e-12)
-        title, caption = "score, mean over layers and heads", "bright: the highest; dark: none"
+        title = "score ψ, mean over layers and heads"
+        scale = Scale(
+            "share of the highest score on this image", {x / 4: f"{x / 4:.0%}" for x in range(5)}
+        )
         path = folder / f"scores-{i}.png"
-        paths.append(_draw_maps(path, page, heat[None], [title], caption))
+        paths.append(_draw_maps(path, page, heat[None], [title], scale))
     return paths
 
 
@@ -83,30 +96,61 @@ def kept_share(plan: CompressionPlan) -> Tensor:
     return share
 
 
-def light(page: Tensor, weights: Tensor) -> Tensor:
-    """The page `[height, width, 3]`, dimmed where weights `[rows, columns]` in [0, 1] are low."""
-    size = page.shape[:2]
-    mask = F.interpolate(weights[None, None], size=size, mode="nearest")[0, 0][..., None]
-    warm = torch.tensor([1.0, 0.93, 0.55])  # lit paper; what is evicted goes dark blue
-    cold = torch.tensor([0.10, 0.12, 0.22])
-    return page * (cold + mask * (warm - cold))
+def blend(page: Tensor, weights: Tensor) -> Tensor:
+    """The page `[height, width, 3]` in grey, blended towards `TINT` by weights `[rows, columns]`
+    in [0, 1].
+
+    A pixel's chroma (its largest channel less its smallest) is `OPACITY` times its weight, on any
+    page: what is not kept has no colour, white paper as little as black.
+    """
+    mask = F.interpolate(weights[None, None], size=page.shape[:2], mode="nearest")[0, 0]
+    mask = OPACITY * mask[..., None]
+    return (page @ LUMINANCE)[..., None] * (1 - mask) + TINT * mask
 
 
-def _draw_maps(path: Path, page: Tensor, maps: Tensor, titles: Sequence[str], caption: str) -> Path:
+@dataclass(frozen=True)
+class Scale:
+    """What the tint means. ticks: weight -> text."""
+
+    label: str
+    ticks: dict[float, str]
+
+
+def _count_scale(num_heads: int, of_which: str) -> Scale:
+    counts = sorted({round(num_heads * quarter / 4) for quarter in range(5)})
+    ticks = {count / num_heads: str(count) for count in counts}
+    return Scale(f"KV heads that keep the token, {of_which}", ticks)
+
+
+def _draw_maps(path: Path, page: Tensor, maps: Tensor, titles: Sequence[str], scale: Scale) -> Path:
+    """The page under each of the maps `[n, rows, columns]`, and the scale they share."""
     columns = min(COLUMNS, len(maps))
     rows = ceil(len(maps) / columns)
-    side = 6.0 if len(maps) == 1 else 3.2
-    aspect = page.shape[0] / page.shape[1]
-    figure = Figure(figsize=(side * columns, (side * aspect + 0.4) * rows), layout="constrained")
-    axes: Any = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, weights, title in zip(axes.flat, maps, titles, strict=False):
-        axis.imshow(light(page, weights).numpy())
-        axis.set_title(title, fontsize=10)
-    figure.supxlabel(caption, fontsize=9)
-    figure.savefig(path, dpi=110)
+    side = 6.0 if len(maps) == 1 else 4.2
+    height = side * page.shape[0] / page.shape[1] + 0.4
+    below = SCALE_SIZE[1] + 0.5
+    figure = Figure(figsize=(side * columns, height * rows + below), layout="constrained")
+    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[height] * rows + [SCALE_SIZE[1]])
+    for n, (weights, title) in enumerate(zip(maps, titles, strict=True)):
+        axes = figure.add_subplot(grid[n // columns, n % columns])
+        axes.imshow(blend(page, weights).numpy())
+        axes.set_title(title, fontsize=10)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_color("0.75")  # white pages end somewhere
+    _draw_scale(figure.add_subplot(grid[rows, :]), scale)
+    figure.savefig(path, dpi=DPI)
     return path
+
+
+def _draw_scale(axes: Any, scale: Scale) -> None:
+    """The tint from none to full, as it looks on white and on black."""
+    paper = torch.tensor([1.0, 0.0])[:, None, None].expand(2, 256, 3)
+    tints = blend(paper, torch.linspace(0, 1, 256).expand(2, 256))
+    axes.imshow(tints.numpy(), extent=(0, 1, 0, 2), aspect="auto", interpolation="nearest")
+    axes.set_box_aspect(SCALE_SIZE[1] / SCALE_SIZE[0])
+    axes.set_xticks(list(scale.ticks), list(scale.ticks.values()), fontsize=9)
+    axes.set_yticks([0.5, 1.5], ["on black", "on white"], fontsize=7)
+    axes.set_xlabel(scale.label, fontsize=9)
 
 
 def _draw_budgets(path: Path, plan: CompressionPlan, layers: Sequence[int]) -> Path:
@@ -128,5 +172,8 @@ def _draw_budgets(path: Path, plan: CompressionPlan, layers: Sequence[int]) -> P
 
 
 def _pixels(image: Image.Image) -> Tensor:
-    data = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-    return data.view(image.height, image.width, 3).float() / 255
+    """`[height, width, 3]` fp32 in [0, 1], no side longer than `MAX_SIDE`."""
+    shown = image.convert("RGB")
+    shown.thumbnail((MAX_SIDE, MAX_SIDE))
+    data = torch.frombuffer(bytearray(shown.tobytes()), dtype=torch.uint8)
+    return data.view(shown.height, shown.width, 3).float() / 255
