@@ -1,13 +1,14 @@
 """`vlcache demo` answers, measures, and says what it measured."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from vlcache_triton.cli.demo import DEFAULT_BUDGET, SWEEP
-from vlcache_triton.formreader import draw_dialogue, render
+from vlcache_triton.formreader import draw_form, render_form
 
 NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM, FLOAT32 = 8, 2, 64, 4
 BYTES_A_TOKEN = 2 * NUM_KV_HEADS * HEAD_DIM * FLOAT32  # K and V, of one layer
@@ -39,10 +40,10 @@ def test_the_default_budget_keeps_the_answers_and_the_bytes_are_the_budgets(vlca
 def test_the_page_is_written_and_is_the_seeds(vlcache, tmp_path):
     out = tmp_path / "page"
     result = run_json(vlcache, "--out", out, "--seed", 8, "--fields", 4, "--questions", 1)
-    expected = draw_dialogue("demo-8", ["value"], fields=(4, 4))
+    expected = draw_form("demo-8", ["value"], 4)
     with Image.open(out) as image:
         assert image.format == "PNG"
-        assert np.array_equal(np.asarray(image), np.asarray(render(expected.pages[0])))
+        assert np.array_equal(np.asarray(image), np.asarray(render_form(expected.pages[0])))
     assert [each["question"] for each in result["questions"]] == [expected.questions[0].text]
     assert result["questions"][0]["expected"] == expected.questions[0].answer
 
@@ -71,14 +72,18 @@ def test_the_sweep_shows_where_answers_break(vlcache, tmp_path):
     assert rows[-1]["right"] == 1
 
 
-def test_the_tables_show_the_answers_the_layers_and_the_page(vlcache, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    out = tmp_path / "page.png"
-    code, text, _ = vlcache("demo", "--questions", 1, "--out", out, "--budget", 0.2)
+def test_the_tables_show_the_answers_the_layers_and_how_to_go_on(vlcache, tmp_path, monkeypatch):
+    """The command that it ends with runs as it is printed."""
+    monkeypatch.chdir(tmp_path)
+    code, text, _ = vlcache("demo", "--questions", 1, "--budget", 0.4)
     assert code == 0
-    (question,) = draw_dialogue("demo-3", ["value"], fields=(8, 8)).questions
+    (question,) = draw_form("demo-3", ["value"], 8).questions
     assert f"{question.answer} ✓" in text
-    assert "20%" in text and " MB " in text
     for layer in range(NUM_LAYERS):
         assert f"│     {layer} │" in text
-    assert str(out) in text.replace("\n", "")
+    told = " ".join(text.split())
+    assert "Saved 60% of the prompt's KV cache" in told and "It cost no right answer." in told
+    assert "The page: vlcache-demo.png" in text
+    (command,) = [line for line in text.splitlines() if line.startswith("vlcache inspect ")]
+    assert vlcache(*shlex.split(command)[1:]).code == 0
+    assert (tmp_path / "vlcache-report" / "kept-1.png").exists()

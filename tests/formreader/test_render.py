@@ -5,9 +5,17 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vlcache_triton.formreader import Page, draw_pages, render
+from vlcache_triton.formreader import Page, draw_form, draw_pages, render, render_form
 from vlcache_triton.formreader.pages import GRID_SIZE, WORD_LENGTH
-from vlcache_triton.formreader.render import CELL_SIZE, PAGE_SIZE, _font
+from vlcache_triton.formreader.render import (
+    BOX_GREY,
+    CELL_SIZE,
+    FONT_SIZE,
+    PAGE_SIZE,
+    TEXT_FONT,
+    TITLE_GREY,
+    _font,
+)
 
 
 def ink(image):
@@ -42,7 +50,48 @@ def test_each_character_is_centred_in_its_quarter_of_the_cell():
             for i, character in enumerate(word):
                 strip = Image.new("L", (width, CELL_SIZE), 0)
                 centre = (width / 2, CELL_SIZE / 2)
-                ImageDraw.Draw(strip).text(centre, character, 255, _font(), anchor="mm")
+                ImageDraw.Draw(strip).text(
+                    centre, character, 255, _font(TEXT_FONT, FONT_SIZE), anchor="mm"
+                )
                 expected[row, column, :, i * width : (i + 1) * width] = np.asarray(strip)
     difference = np.abs(ink(render(page)) - expected)
     assert difference.max() <= 2  # anti-aliasing may round differently, black on white
+
+
+def test_a_form_has_boxes_round_its_values_and_its_small_print_in_another_face():
+    (page,) = draw_form("form", ["value"], 8).pages
+    plain, form = render(page), render_form(page)
+    assert (form.size, form.mode) == ((PAGE_SIZE, PAGE_SIZE), "RGB")
+    num_boxes = 0
+    pixels = np.asarray(form.convert("L"))
+    for row, words in enumerate(page.cells):
+        for column, word in enumerate(words):
+            if word.islower():
+                assert ink(form)[row, column].any()
+                assert (ink(form)[row, column] != ink(plain)[row, column]).any()
+            elif word.endswith(":"):
+                box = pixels[row * CELL_SIZE : (row + 1) * CELL_SIZE]
+                inner = box[:, (column + 1) * CELL_SIZE : (column + 3) * CELL_SIZE]
+                assert (inner == BOX_GREY).all(axis=1).sum() == 2  # upper and lower side
+                num_boxes += 1
+    assert num_boxes == 8
+
+
+def test_a_form_has_its_title_where_there_is_room():
+    for num_fields, has_title in ((8, True), (144, False)):
+        (page,) = draw_form("form", ["value"], num_fields).pages
+        first, second = (np.asarray(render_form(page, t).convert("L")) for t in ("", "ORDER"))
+        differs = (first != second).reshape(GRID_SIZE, CELL_SIZE, PAGE_SIZE).any(axis=(1, 2))
+        assert differs.nonzero()[0].tolist() == ([1] if has_title else [])  # one row of cells
+        assert not has_title or second[CELL_SIZE : 2 * CELL_SIZE].min() == TITLE_GREY
+
+
+def test_letters_stand_where_the_model_learned_them():
+    """A form adds boxes and a title; the letters of fields are pixel by pixel the plain page's."""
+    (page,) = draw_form("form", ["value"], 8).pages
+    plain, form = (np.asarray(x.convert("L")) for x in (render(page), render_form(page)))
+    for row, words in enumerate(page.cells):
+        if any(word.endswith(":") for word in words):
+            band = slice(row * CELL_SIZE + 6, (row + 1) * CELL_SIZE - 6)
+            dark = plain[band] < 128
+            assert dark.any() and (np.abs(form[band].astype(int) - plain[band])[dark] <= 40).all()

@@ -68,15 +68,15 @@ def demo(
     """
     config = checked_config(budget, preset, policy, streaming)
     with waiting("starting"):
-        from vlcache_triton.formreader import MAX_ANSWER_TOKENS, draw_dialogue, render
+        from vlcache_triton.formreader import MAX_ANSWER_TOKENS, draw_form, render_form
 
         from .vlm import VisionLanguageModel
 
     # What the model is good at, full cache or not: it finds values and neighbours.
     good_at: tuple[Task, ...] = ("value", "next")
     tasks = [good_at[i % 2] for i in range(questions)]
-    dialogue = draw_dialogue(f"demo-{seed}", tasks, fields=(fields, fields))
-    page = render(dialogue.pages[0])
+    dialogue = draw_form(f"demo-{seed}", tasks, fields)
+    page = render_form(dialogue.pages[0])
     try:
         page.save(out, format="PNG")
     except OSError as error:

@@ -1,7 +1,9 @@
-"""What `vlcache demo` prints: the same dictionary that --json writes, as tables."""
+"""What `vlcache demo` prints: the same dictionary that --json writes, as tables and in words."""
 
 from __future__ import annotations
 
+import shlex
+from statistics import mean
 from typing import Any
 
 from rich.console import Console
@@ -10,37 +12,36 @@ from rich.text import Text
 
 from .console import bar, size
 
+CACHES = ("full", "compressed")
+ANSWER_WIDTH = 10  # a value of eight characters, a blank and the mark
+
 
 def print_demo(result: dict[str, Any]) -> None:
-    """Print the answers, the kept tokens by layer, the sweep where there is one, and the page."""
-    console = Console()
-    console.print(_answers(result["questions"]))
-    console.print(_kept(result["questions"]))
+    """Print the answers, the kept tokens by layer, the sweep where there is one, and what it comes
+    to. Holds for any number of questions, and at 60 columns."""
+    console = Console(highlight=False)
+    questions = result["questions"]
+    console.print(_answers(questions))
+    console.print(_kept(questions))
     if "sweep" in result:
-        console.print(_sweep(result["sweep"], len(result["questions"])))
-    console.print(f"The page: {result['page']}", markup=False, highlight=False)
+        console.print(_sweep(result["sweep"], len(questions)))
+    console.print(f"{_saved(questions)} {_cost(questions)}", markup=False)
+    sweep = "" if "sweep" in result else "with --sweep, "
+    console.print(f"Go on with another --budget, {sweep}or see what is kept of the page:")
+    # To be copied, so without line breaks.
+    console.print(_inspect(result), markup=False, soft_wrap=True)
+    console.print(f"The page: {result['page']}", markup=False, soft_wrap=True)
 
 
 def _answers(questions: list[dict[str, Any]]) -> Table:
-    budget = f"{questions[0]['compressed']['budget']:.0%}"
-    table = Table(title=f"The full KV cache, and {budget} of it")
+    budget = f"{questions[0]['compressed']['budget']:.3g}"
+    table = Table(title="Answers from the full KV cache, and from a part of it")
     table.add_column("question")
-    for cache in ("full", budget):
-        table.add_column(f"answer\n{cache}")
-    for quantity in ("KV", "time"):
-        for cache in ("full", budget):
-            table.add_column(f"{quantity}\n{cache}", justify="right", no_wrap=True)
+    table.add_column("full", min_width=ANSWER_WIDTH)
+    table.add_column(f"budget {budget}", min_width=ANSWER_WIDTH)
     for each in questions:
-        full, compressed = each["full"], each["compressed"]
-        table.add_row(
-            Text(each["question"]),
-            _judged(full["answer"], each["expected"]),
-            _judged(compressed["answer"], each["expected"]),
-            size(full["kv_bytes"]),
-            size(compressed["kv_bytes"]),
-            f"{full['seconds']:.2f} s",
-            f"{compressed['seconds']:.2f} s",
-        )
+        answers = (_judged(each[cache]["answer"], each["expected"]) for cache in CACHES)
+        table.add_row(Text(each["question"]), *answers)
     return table
 
 
@@ -52,25 +53,26 @@ def _judged(answer: str, expected: str) -> Text:
 
 def _kept(questions: list[dict[str, Any]]) -> Table:
     kept = [each["compressed"]["kept"] for each in questions]  # [questions][layers]
-    num_layers = len(kept[0])
-    most = max(map(max, kept))
+    layers = list(zip(*kept, strict=True))
+    most = max(map(mean, layers))
     table = Table(title="Prompt tokens that each KV head keeps")
     table.add_column("layer", justify="right")
-    for i in range(len(kept)):
-        table.add_column(f"q{i + 1}", justify="right")
-    table.add_column("mean, to scale")
-    for layer in range(num_layers):
-        counts = [row[layer] for row in kept]
-        mean = sum(counts) / len(counts)
-        table.add_row(str(layer), *map(str, counts), bar(mean / most))
+    table.add_column("tokens" if len(kept) == 1 else "mean", justify="right")
+    if len(kept) > 1:
+        table.add_column("by question", justify="right")
+    table.add_column("to scale", no_wrap=True)
+    for layer, counts in enumerate(layers):
+        spread = [f"{min(counts)} to {max(counts)}"] if len(kept) > 1 else []
+        middle = mean(counts)
+        table.add_row(str(layer), f"{middle:.0f}", *spread, bar(middle / most))
     return table
 
 
 def _sweep(rows: list[dict[str, Any]], num_questions: int) -> Table:
-    table = Table(title=f"Where the answers break ({num_questions} questions)")
-    for heading in ("budget", "right", "as with the full cache", "KV cache"):
-        table.add_column(heading, justify="right")
-    table.add_column("")
+    table = Table(title=f"Where the answers break ({_count(num_questions, 'question')})")
+    for heading in ("budget", "right", "as full", "KV cache"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("as full, to scale", no_wrap=True)
     for row in rows:
         table.add_row(
             f"{row['budget']:.0%}",
@@ -80,3 +82,37 @@ def _sweep(rows: list[dict[str, Any]], num_questions: int) -> Table:
             bar(row["same_as_full"] / num_questions),
         )
     return table
+
+
+def _saved(questions: list[dict[str, Any]]) -> str:
+    before, after = (mean(each[cache]["kv_bytes"] for each in questions) for cache in CACHES)
+    if after >= before:
+        return f"Nothing saved: the prompt's KV cache is {size(before)} either way."
+    return (
+        f"Saved {1 - after / before:.0%} of the prompt's KV cache: {size(after)} a question"
+        f" instead of {size(before)}."
+    )
+
+
+def _cost(questions: list[dict[str, Any]]) -> str:
+    right = [[each[cache]["answer"] == each["expected"] for each in questions] for cache in CACHES]
+    lost = sum(full and not part for full, part in zip(*right, strict=True))
+    gained = sum(part and not full for full, part in zip(*right, strict=True))
+    cost = f"{lost} of {sum(right[0])} right answers" if lost else "no right answer"
+    if gained:
+        cost += f", and {gained} wrong with the full cache came out right"
+    full, part = (mean(each[cache]["seconds"] for each in questions) for cache in CACHES)
+    return f"It cost {cost}. A question took {part:.2f} s instead of {full:.2f} s."
+
+
+def _inspect(result: dict[str, Any]) -> str:
+    """The command that shows what was kept for the first question."""
+    first = result["questions"][0]
+    budget = first["compressed"]["budget"]
+    share = ["--budget", f"{budget:g}"] if budget < 1 else []  # 1 keeps all: nothing to inspect
+    what = ["--image", result["page"], "--prompt", first["question"], *share]
+    return shlex.join(["vlcache", "inspect", *what, "--out", "vlcache-report"])
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -3,10 +3,11 @@
 It is there so that everything runs, and is judged on real answers, where no model hub is.
 """
 
+from .forms import draw_form
 from .model import encode_chats, load_form_reader
 from .pages import Field, Page, draw_pages
 from .questions import MAX_ANSWER_TOKENS, TASKS, Dialogue, Question, Task, ask, chat, draw_dialogue
-from .render import render
+from .render import render, render_form
 
 __all__ = [
     "MAX_ANSWER_TOKENS",
@@ -19,8 +20,10 @@ __all__ = [
     "ask",
     "chat",
     "draw_dialogue",
+    "draw_form",
     "draw_pages",
     "encode_chats",
     "load_form_reader",
     "render",
+    "render_form",
 ]

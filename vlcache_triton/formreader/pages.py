@@ -69,12 +69,17 @@ def draw_pages(
     if not 0 <= clutter <= 1:
         raise ValueError(f"clutter: got {clutter}, expected a share in [0, 1]")
     counts = [rng.randint(low, high) for _ in range(num_pages)]
-    keys = rng.sample(KEYS, sum(counts))
+    entries = iter(draw_fields(rng, sum(counts)))
+    return tuple(_page(rng, [next(entries) for _ in range(n)], clutter, rows) for n in counts)
+
+
+def draw_fields(rng: Random, num_fields: int) -> list[Field]:
+    """Fields of one document: no key and no value occurs twice."""
+    keys = rng.sample(KEYS, num_fields)
     values: dict[str, None] = {}  # a set that keeps its order
     while len(values) < len(keys):
         values[_value(rng)] = None
-    entries = iter([Field(key, value) for key, value in zip(keys, values, strict=True)])
-    return tuple(_page(rng, [next(entries) for _ in range(n)], clutter, rows) for n in counts)
+    return [Field(key, value) for key, value in zip(keys, values, strict=True)]
 
 
 def _page(rng: Random, fields: list[Field], clutter: float, rows: range) -> Page:
@@ -84,16 +89,20 @@ def _page(rng: Random, fields: list[Field], clutter: float, rows: range) -> Page
     slots = rng.sample([(row, column) for row in rows for column in columns], len(fields))
     for field, (row, slot) in zip(fields, sorted(slots), strict=True):
         column = slot + rng.randint(0, 1)
-        words = [field.key + ":", field.value[:WORD_LENGTH], field.value[WORD_LENGTH:]]
-        for offset, word in enumerate(words):
-            cells[row][column + offset] = word
-        taken.update((row, column + offset) for offset in range(len(words) + 1))
+        write_field(cells, row, column, field)
+        taken.update((row, column + offset) for offset in range(SLOT_WIDTH))
     for row in rows:
         if rng.random() < clutter:
             for column, word in _clutter(rng):
                 if (row, column) not in taken:
                     cells[row][column] = word
     return Page(tuple(map(tuple, cells)), tuple(fields))
+
+
+def write_field(cells: list[list[str]], row: int, column: int, field: Field) -> None:
+    """Put a field into its three cells of a row: the key, and the value's two halves."""
+    words = [field.key + ":", field.value[:WORD_LENGTH], field.value[WORD_LENGTH:]]
+    cells[row][column : column + len(words)] = words
 
 
 def _clutter(rng: Random) -> Iterator[tuple[int, str]]:
