@@ -6,7 +6,7 @@ import pytest
 
 from vlcache_triton.formreader import draw_form
 from vlcache_triton.formreader.forms import HEADER_ROWS, SMALL_PRINT
-from vlcache_triton.formreader.pages import GRID_SIZE, MAX_FIELDS, WORD_LENGTH
+from vlcache_triton.formreader.pages import CONSONANTS, GRID_SIZE, MAX_FIELDS, VOWELS, WORD_LENGTH
 
 
 def labels(page):
@@ -51,6 +51,13 @@ def test_small_print_shares_no_row_with_fields_and_is_whole():
         " ".join(filter(None, words)) for words in page.cells if any(map(str.islower, words))
     ]
     assert len(printed) == 5 and sorted(printed) == sorted(SMALL_PRINT)
+
+
+def test_small_print_is_of_the_words_that_the_model_passes_over():
+    """Two to four letters that alternate, as in the clutter of its training pages."""
+    for word in " ".join(SMALL_PRINT).upper().split():
+        assert 2 <= len(word) <= WORD_LENGTH
+        assert all(c in (CONSONANTS, VOWELS)[i % 2] for i, c in enumerate(word)), word
 
 
 def test_a_seed_draws_the_same_form():

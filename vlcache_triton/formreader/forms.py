@@ -20,13 +20,14 @@ FOOTER_ROWS = 4  # left free for small print, but on a full page
 LAYOUTS = (((4, 16), 3), ((4, 16), 2), ((1, 9, 17), 2), ((1, 9, 17), 1), ((0, 4, 8, 12, 16, 20), 1))
 MARGIN = 2  # cells left and right of the small print
 
-#: In words that fit a cell.
+#: In words that alternate consonants and vowels, as all clutter does: "the" and "and", which the
+#: model has not learned to pass over, are kept through compression like keys.
 SMALL_PRINT = (
-    "fill in all rows in ink and send this form back",
-    "do not fold or bend do not cut",
-    "one copy is for the desk the rest is for the file",
-    "for help ask at the desk or see the back",
-    "we pack and send it in ten days",
+    "come to gate five for more",
+    "do not cut do not tape do take care",
+    "we have ten more for sale",
+    "note time here date here",
+    "we take no fine for late date",
 )
 
 
