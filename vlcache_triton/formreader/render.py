@@ -20,7 +20,7 @@ PAGE_SIZE = GRID_SIZE * CELL_SIZE
 TEXT_FONT, CLUTTER_FONT = "DejaVuSansMono.ttf", "DejaVuSans.ttf"
 TITLE_FONT = "DejaVuSans-Bold.ttf"
 TITLE_SIZE = 22  # it stays within its row of cells
-TITLE_GREY, BOX_GREY = 190, 215  # of 255, which is paper
+TITLE_GREY = BOX_GREY = 215  # of 255, which is paper; a title of 190 is counted as a field
 BOX_INSET = 2  # pixels, from the cell's upper and lower edge
 
 
