@@ -104,7 +104,7 @@ def test_a_compressed_cache_outside_the_block(family):
     with vl_cache(family.model, budget=0.4) as session:
         family.model.generate(**family.inputs(LONG), **GREEDY)
     with pytest.raises((RuntimeError, *REFUSED), match="vl_cache"), torch.no_grad():
-        family.model(input_ids=torch.tensor([[7]]), cache=session.cache)
+        family.model(input_ids=torch.tensor([[7]]), **{CACHE: session.cache})
 
 
 def test_a_crop_of_a_compressed_cache(family):
