@@ -15,7 +15,7 @@ from .backend import Backend
 from .budgets import layer_budgets
 from .config import VLCacheConfig
 from .policies import VL_CACHE, Policy
-from .prompt import Prompt
+from .prompt import Prompt, to_device
 from .reference import PostVisionStats
 
 
@@ -85,6 +85,23 @@ def make_plan(
         for span in prompt.spans:
             scores[..., span] = policy.score(scores[..., span])
     density = torch.stack([layer_density(s, prompt) for s in stats]).cpu()  # the sync
+    return plan_from_scores(scores, density, prompt, config, backend, policy)
+
+
+def plan_from_scores(
+    scores: Tensor,
+    density: Tensor,
+    prompt: Prompt,
+    config: VLCacheConfig,
+    backend: Backend,
+    policy: Policy = VL_CACHE,
+) -> CompressionPlan:
+    """The plan of scores that are ready to be ranked: make_plan without its statistics. No sync.
+
+    Args:
+        scores: `[num_layers, num_kv_heads, total_k]`.
+        density: `[num_layers, num_seqs]` fp64 on the host, 1 - γ'; NaN where left whole.
+    """
     keep = prompt_budgets(density, prompt, config)
     if policy.share_heads is None:
         head_keep = keep[..., None].expand(-1, -1, scores.shape[1])
@@ -100,21 +117,20 @@ def make_plan(
 
 def layer_scores(stats: PostVisionStats, prompt: Prompt, config: VLCacheConfig) -> Tensor:
     """`[num_kv_heads, total_k]` that the heads of a layer rank tokens by: ψ, averaged over
-    neighbours within a sequence and over heads, where configured."""
+    neighbours within a sequence and over heads, where configured. Several layers may lead."""
     scores = stats.scores
     if config.smoothing > 1:
         scores = scores.clone()
         for span in prompt.spans:
-            scores[:, span] = smooth(stats.scores[:, span], config.smoothing)
+            scores[..., span] = smooth(stats.scores[..., span], config.smoothing)
     if config.granularity == "kv_head":
         return scores
-    return scores.mean(0, keepdim=True).expand_as(scores)
+    return scores.mean(-2, keepdim=True).expand_as(scores)
 
 
 def smooth(scores: Tensor, width: int) -> Tensor:
-    """The mean of each score and its neighbours, `width` in all, fewer at the ends; `[n, m]`."""
-    pooled = F.avg_pool1d(scores[:, None], width, 1, width // 2, count_include_pad=False)
-    return pooled[:, 0]
+    """The mean of each score and its neighbours, `width` in all, fewer at the ends; `[..., m]`."""
+    return F.avg_pool1d(scores, width, 1, width // 2, count_include_pad=False)
 
 
 def layer_density(stats: PostVisionStats, prompt: Prompt) -> Tensor:
@@ -146,7 +162,7 @@ def select_kept(
     cu_seqlens = prompt.cu_seqlens(scores.device)[1]
     counts = torch.zeros(2, num_layers, len(cu_seqlens) - 1, dtype=torch.int32)
     counts[:, :, prompt.segments] = torch.stack([keep, recent_tokens(keep, config)]).int()
-    counts = counts.to(scores.device)
+    counts = to_device(counts, scores.device)
     indices, cu_kept = backend.select_tokens(
         scores.contiguous(),
         cu_seqlens,

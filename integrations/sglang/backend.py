@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,11 +16,14 @@ from torch import Tensor
 from vlcache_triton.backend import get_backend
 
 from .block_table import PackedLayout, fill_block_table
+from .fitting import describe_fit
+from .graphs import graph_widths, width_of
 from .index_only import KeptPositions, sparse_table
-from .measure import Measurement, ending_prompts, plan_measurement, plan_prompt
-from .packing import pack_prompt
+from .measure import Measurement, ending_prompts, plan_measurement, plan_prompts
+from .packing import pack_prompts
 from .pool import OneTensorKVPool
 from .prompts import PromptTable, TrackedPrompt
+from .ranks import Ranks
 from .settings import Settings, read_settings
 from .state import set_table
 from .support import check_server, check_version
@@ -40,8 +43,13 @@ def create_backend(runner: Any) -> VLCacheAttnBackend:
     settings = read_settings(os.environ)
     check_hooks()
     check_server(runner)
+    if not runner.model_config.is_generation:
+        logger.info("vlcache: an embedding model does not decode, so nothing is compressed.")
+        settings = replace(settings, config=replace(settings.config, budget=1.0))
     backend = VLCacheAttnBackend(runner, settings)
     logger.info(settings.describe())
+    if settings.pack and not settings.config.is_lossless:
+        logger.info(backend.describe_fit(runner))
     return backend
 
 
@@ -62,11 +70,10 @@ class DecodeStep:
             torch.arange(num_seqs + 1, dtype=torch.int32, device=device),
         )
 
-    def first(self, num_seqs: int) -> DecodeStep:
-        """The part of a smaller batch, of the same width."""
-        return DecodeStep(
-            self.block_table[:num_seqs], self.seqused_k[:num_seqs], self.cu_seqlens[: num_seqs + 1]
-        )
+    def first(self, num_seqs: int, max_blocks: int) -> DecodeStep:
+        """The part of a smaller batch, and a narrower one."""
+        table = self.block_table.view(-1)[: num_seqs * max_blocks].view(num_seqs, max_blocks)
+        return DecodeStep(table, self.seqused_k[:num_seqs], self.cu_seqlens[: num_seqs + 1])
 
 
 class VLCacheAttnBackend(TritonAttnBackend):
@@ -82,6 +89,8 @@ class VLCacheAttnBackend(TritonAttnBackend):
         self.num_layers = runner.model_config.num_hidden_layers
         self.ops = get_backend(settings.kernels, torch.device(runner.device))
         self.table = PromptTable(settings.config, self.num_layers, settings.pack)
+        self.table.graph_widths = graph_widths(self._max_context())
+        self.ranks = _ranks(runner.model_config)
         self.kept: dict[str, KeptPositions] = {}  # VLCACHE_PACK=0
         self.measurement: Measurement | None = None
         self.ending: list[TrackedPrompt] = []
@@ -129,7 +138,7 @@ class VLCacheAttnBackend(TritonAttnBackend):
             self.ending = ending_prompts(self.table, *chunks)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Tables at fixed addresses. Every captured batch size uses the front of the same ones."""
+        """Tables at fixed addresses. Every captured step uses the front of the same ones."""
         if not self.settings.pack:
             raise NotImplementedError(
                 "--attention-backend vlcache: VLCACHE_PACK=0 builds its tables on the host;"
@@ -139,13 +148,18 @@ class VLCacheAttnBackend(TritonAttnBackend):
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """The step's tables are written inside the graph, from SGLang's static batch tensors."""
+        from sglang.srt.model_executor.runner_utils.capture_mode import (
+            get_capture_attention_variant,
+        )
+
         if not forward_batch.forward_mode.is_decode_or_idle():
             raise NotImplementedError(
                 f"--attention-backend vlcache: got a graph of {forward_batch.forward_mode},"
                 " expected decode"
             )
         self.measurement, self.ending = None, []
-        self.step = self._graph_step.first(forward_batch.batch_size)
+        width = width_of(get_capture_attention_variant(), self.table)
+        self.step = self._graph_step.first(forward_batch.batch_size, width)
 
     def shared_read_ends(self, fm: Any) -> SharedReadEnds:
         """req_to_token is read in every layer, up to the last."""
@@ -166,9 +180,8 @@ class VLCacheAttnBackend(TritonAttnBackend):
                 self.settings.config.threshold,
                 self.ops,
             )
-        if layer.layer_id == self.num_layers - 1:
-            for prompt in self.ending:
-                self._compress(prompt)
+        if layer.layer_id == self.num_layers - 1 and self.ending:
+            self._compress(self.ending)
         return out
 
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
@@ -231,25 +244,55 @@ class VLCacheAttnBackend(TritonAttnBackend):
             block_table=block_table,
         ).view(len(q), -1)
 
+    def describe_fit(self, runner: Any) -> str:
+        """A line for the server's log: which flags fit the budget."""
+        from sglang.srt.runtime_context import get_exec
+
+        decode = get_exec().graph.cuda_graph_config.decode
+        return describe_fit(
+            self.settings.config,
+            self.num_layers,
+            self.token_to_kv_pool.size,
+            min(self.max_context_len, self.req_to_token.shape[1]),
+            runner.max_running_requests,
+            0 if decode.backend == "disabled" else decode.max_bs or 0,
+        )
+
     # ---- compression
 
-    def _compress(self, prompt: TrackedPrompt) -> None:
-        plan = plan_prompt(prompt, self.table, self.ops)
-        if not self.settings.pack:
-            live = {rid: kept for rid, kept in self.kept.items() if self.table.get(rid)}
-            self.kept = {**live, prompt.rid: KeptPositions(prompt.length, plan)}
+    def _compress(self, prompts: list[TrackedPrompt]) -> None:
+        plan = plan_prompts(prompts, self.settings.config, self.ranks, self.ops)
+        if self.settings.pack:
+            pool, rows = self.token_to_kv_pool, self.req_to_token
+            pack_prompts(prompts, plan, pool, rows, self.layout, self.ops)
             return
-        slots = self.req_to_token[prompt.req_pool_idx, : prompt.length].contiguous()
-        pack_prompt(prompt, plan, self.token_to_kv_pool, slots, self.layout, self.ops)
+        self.kept = {rid: kept for rid, kept in self.kept.items() if self.table.get(rid)}
+        for i, prompt in enumerate(prompts):
+            self.kept[prompt.rid] = KeptPositions(prompt.length, plan, i)
 
     def _max_context(self) -> int:
-        return min(self.max_context_len, self.req_to_token.shape[1])
+        """A request may be as long as this: it needs a slot for each token until it is packed."""
+        return min(self.max_context_len, self.req_to_token.shape[1], self.token_to_kv_pool.size)
 
     def _longest(self, forward_batch: Any) -> int:
-        """Host bound of the batch's lengths; the context length where the host does not know."""
-        if forward_batch.seq_lens_cpu is None:
+        """Host bound of the batch's live lengths."""
+        if forward_batch.rids is None or self.table.longest_live is None:  # a warm-up batch
             return self._max_context()
-        return int(forward_batch.seq_lens_cpu.max())
+        return self.table.longest_live
+
+
+def _ranks(model_config: Any) -> Ranks:
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    if parallel.attn_tp_size == 1:
+        return Ranks()
+    return Ranks(
+        parallel.attn_tp_size,
+        parallel.attn_tp_rank,
+        model_config.get_total_num_kv_heads(),
+        parallel.attn_tp_group.device_group,
+    )
 
 
 def _refuse(kwargs: dict[str, Any]) -> None:

@@ -3,12 +3,13 @@
 The kept tokens of a packed prompt fill the cells of its first slots in a fixed order, so their
 addresses follow from three numbers of the request and need no index lists: kept token j of layer l
 is cell c = Σ_{i<l} k_i + j, and cell c lies in layer c % L of the prompt's own slot c // L.
-Everything is read on the device, and the grid depends on capacities alone, so that a captured
-decode step stays right as requests come, grow and go.
+Everything is read on the device, so that a captured decode step stays right as requests come, grow
+and go; what is written follows the live lengths, not the capacities.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,45 +17,56 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 256  # entries of the table that a program writes
+from .prompts import TrackedPrompt
+
+BLOCK = 256  # entries of the table that a program writes at a time
+PROGRAMS = 8  # of a request: they share its live entries out, so a wide table costs no more
 
 
 @dataclass(frozen=True)
 class PackedLayout:
     """Of each row of req_to_token, how its prompt is packed. Zeros where it is not.
 
-    prompt_end: `[num_rows]` int32, m: slots from here on hold one token each, as SGLang has them.
-    first_slot: `[num_rows]` int32, position in the row of the first of the prompt's slots.
-    first_cell: `[num_layers + 1, num_rows]` int32, Σ_{i<l} k_i.
+    table: `[num_layers + 3, num_rows]` int32, of which the others are views.
+    prompt_end: `[num_rows]`, m: slots from here on hold one token each, as SGLang has them.
+    first_slot: `[num_rows]`, position in the row of the first of the prompt's slots.
+    first_cell: `[num_layers + 1, num_rows]`, Σ_{i<l} k_i.
     """
 
-    prompt_end: Tensor
-    first_slot: Tensor
-    first_cell: Tensor
+    table: Tensor
 
     @classmethod
     def empty(cls, num_layers: int, num_rows: int, device: torch.device) -> PackedLayout:
         """Nothing is packed."""
-        table = torch.zeros(num_layers + 3, num_rows, dtype=torch.int32, device=device)
-        return cls(table[0], table[1], table[2:])
+        return cls(torch.zeros(num_layers + 3, num_rows, dtype=torch.int32, device=device))
+
+    @property
+    def prompt_end(self) -> Tensor:
+        return self.table[0]
+
+    @property
+    def first_slot(self) -> Tensor:
+        return self.table[1]
+
+    @property
+    def first_cell(self) -> Tensor:
+        return self.table[2:]
 
     def reset(self, rows: Tensor) -> None:
         """These rows were given to new requests."""
-        self.prompt_end[rows] = 0
-        self.first_cell[:, rows] = 0
+        self.table[:, rows] = 0
 
-    def set(self, row: int, prompt_end: int, first_slot: int, kept: list[int]) -> None:
-        """Row `row` holds a packed prompt that keeps `kept[l]` tokens of layer l."""
-        device = self.prompt_end.device
-        self.prompt_end[row] = prompt_end
-        self.first_slot[row] = first_slot
-        self.first_cell[1:, row] = torch.tensor(kept).cumsum(0).to(device, torch.int32)
+    @staticmethod
+    def facts(prompts: Sequence[TrackedPrompt], keep: Tensor) -> Tensor:
+        """`[num_layers + 4, num_prompts]` int32 on the host: the prompts' rows of req_to_token, and
+        then the columns of `table` that they get, keeping `keep[l, i]` tokens of layer l."""
+        own = torch.tensor([(p.req_pool_idx, p.length, p.protected) for p in prompts]).T
+        return torch.cat([own, torch.zeros_like(own[:1]), keep.cumsum(0)]).int()
 
 
-def cells(first_cell: int, kept: int, slots: Tensor, num_layers: int, num_rows: int) -> Tensor:
-    """`[kept]` int64: rows of the pool's flat view that cells first_cell, ... are, for K."""
-    cell = torch.arange(first_cell, first_cell + kept, device=slots.device)
-    return 2 * (cell % num_layers) * num_rows + slots[cell // num_layers]
+def cell_rows(cell: Tensor, slot: Tensor, num_layers: int, num_rows: int) -> Tensor:
+    """Rows of the pool's flat view, for K, that cells are. slot: the slot each lies in."""
+    return 2 * (cell % num_layers) * num_rows + slot
 
 
 def fill_block_table(
@@ -81,7 +93,7 @@ def fill_block_table(
     num_seqs, max_blocks = block_table.shape
     num_layers = layout.first_cell.shape[0] - 1
     with torch.cuda.device_of(block_table):
-        _block_table_kernel[(num_seqs, triton.cdiv(max_blocks, BLOCK))](
+        _block_table_kernel[(num_seqs, min(triton.cdiv(max_blocks, BLOCK), PROGRAMS))](
             req_to_token,
             req_pool_indices,
             seq_lens,
@@ -129,13 +141,13 @@ def _block_table_kernel(
     length = tl.minimum(tl.maximum(seq_len - prompt_end + kept, 0), max_blocks)
     if block == 0:
         tl.store(seqused_k_ptr + seq, length)
-    if block * BLOCK < length:
-        entry = block * BLOCK + tl.arange(0, BLOCK)
+    target_ptr = block_table_ptr + seq.to(tl.int64) * max_blocks
+    for start in range(block * BLOCK, length, tl.num_programs(1) * BLOCK):
+        entry = start + tl.arange(0, BLOCK)
         mask = entry < length
         cell = first_cell + entry
         is_kept = entry < kept
         position = tl.where(is_kept, first_slot + cell // num_layers, prompt_end + entry - kept)
         home = tl.where(is_kept, cell % num_layers, layer)
         slot = tl.load(req_to_token_ptr + row * stride_req + position, mask=mask, other=0)
-        target = block_table_ptr + seq.to(tl.int64) * max_blocks + entry
-        tl.store(target, 2 * home * num_rows + slot, mask=mask)
+        tl.store(target_ptr + entry, 2 * home * num_rows + slot, mask=mask)

@@ -30,11 +30,13 @@ def kv_pool_class(original: Callable, self: Any, *, kind: str) -> type | None:
 
 
 def init_forward_batch(original: Callable, cls: type, batch: Any, *args, **kwargs) -> Any:
-    """ForwardBatch.init_new: the only place where a prefill still knows its requests."""
+    """ForwardBatch.init_new: the only place where a forward still knows its requests."""
     prompts = table()
     if prompts is not None and batch.forward_mode.is_extend():
         for req in batch.reqs:
             prompts.see(req)
+    if prompts is not None and batch.forward_mode.is_decode():
+        prompts.longest_live = max(map(prompts.most_live, batch.reqs), default=None)
     return original(cls, batch, *args, **kwargs)
 
 
@@ -83,10 +85,20 @@ def flush(result: Any, *args, **kwargs) -> Any:
 
 
 def max_prefix_len(original: Callable, self: Any, input_len: int) -> int:
-    """Req._compute_max_prefix_len: query rows must be computed, not be found in the tree."""
+    """Req._compute_max_prefix_len: the query rows and the kept tokens are not the tree's."""
     prompts, longest = table(), original(self, input_len)
-    first_row = None if prompts is None else prompts.first_query_row(self)
-    return longest if first_row is None else min(longest, first_row)
+    ours = None if prompts is None else prompts.longest_prefix(self)
+    return longest if ours is None else min(longest, ours)
+
+
+def graph_variants(original: Callable, hf_config: Any) -> Any:
+    """create_attention_graph_variants: decode steps are captured in a few widths."""
+    prompts = table()
+    if prompts is None or len(prompts.graph_widths) < 2:
+        return original(hf_config)
+    from .graphs import LiveWidths
+
+    return LiveWidths(prompts)
 
 
 _SRT = "sglang.srt."
@@ -107,6 +119,10 @@ HOOKS: dict[str, tuple[Callable, str]] = {
         "around",
     ),
     _MANAGERS + "schedule_batch.Req._compute_max_prefix_len": (max_prefix_len, "around"),
+    _SRT + "layers.attention.graph_variants.create_attention_graph_variants": (
+        graph_variants,
+        "around",
+    ),
 }
 
 

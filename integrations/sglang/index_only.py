@@ -17,14 +17,14 @@ from vlcache_triton.plan import CompressionPlan
 
 
 class KeptPositions:
-    """The kept positions of one prompt, layer by layer.
+    """The kept positions of one prompt, number `seq` of its plan, layer by layer.
 
     length: m. by_layer: `[num_kv_heads, k_l]` int32 each, ascending.
     """
 
-    def __init__(self, length: int, plan: CompressionPlan) -> None:
+    def __init__(self, length: int, plan: CompressionPlan, seq: int) -> None:
         self.length = length
-        self.by_layer = [plan.kept_positions(layer, 0) for layer in range(len(plan.keep))]
+        self.by_layer = [plan.kept_positions(layer, seq) for layer in range(len(plan.keep))]
 
 
 def sparse_table(

@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vlcache_triton.backend import Backend
-from vlcache_triton.plan import CompressionPlan, make_plan
-from vlcache_triton.prompt import Prompt
-from vlcache_triton.reference import PostVisionStats
+from vlcache_triton.config import VLCacheConfig
+from vlcache_triton.plan import CompressionPlan, plan_from_scores
+from vlcache_triton.prompt import Prompt, to_device
 
-from .prompts import PromptTable, TrackedPrompt
+from .prompts import PromptSums, PromptTable, TrackedPrompt
+from .ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,9 @@ class Measurement:
     block_table: Tensor
 
     def query_rows(self, q: Tensor) -> Tensor:
-        """The query rows of q `[num_tokens, num_heads, d]`, packed."""
-        return torch.cat([q[chunk.first : chunk.last] for chunk in self.chunks])
+        """The query rows of q `[num_tokens, num_heads, d]`, packed; one prompt's are a view."""
+        rows = [q[chunk.first : chunk.last] for chunk in self.chunks]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def add_layer(
         self,
@@ -63,16 +66,15 @@ class Measurement:
         threshold: float,
         backend: Backend,
     ) -> None:
-        """Measure one layer and add it to the prompts' sums.
+        """Measure one layer and add it to the prompts' sums. No sync, no copy from the host.
 
         Args:
             q: `[num_tokens, num_heads, d]` of the whole forward, after RoPE.
             k_pages: `[num_slots, 1, num_kv_heads, d]`, this layer's pool.
         """
-        rows = self.query_rows(q)
         width = self.block_table.shape[1]
         stats = backend.post_vision_stats(
-            rows,
+            self.query_rows(q),
             k_pages,
             self.cu_seqlens_q,
             self.cu_seqlens_k,
@@ -85,22 +87,15 @@ class Measurement:
         )
         for i, chunk in enumerate(self.chunks):
             if chunk.prompt.sums is None:
-                chunk.prompt.sums = _zeros(stats, num_layers, chunk.prompt.length)
+                num_kv_heads, num_heads = stats.scores.shape[0], stats.retained.shape[1]
+                chunk.prompt.sums = PromptSums(
+                    stats.scores.new_zeros(num_layers, num_kv_heads, chunk.prompt.length),
+                    stats.retained.new_zeros(num_layers, num_heads),
+                )
             sums, first_key = chunk.prompt.sums, i * width
             seen = stats.scores[:, first_key : first_key + chunk.seen]
             sums.scores[layer, :, : chunk.seen] += seen
             sums.retained[layer] += stats.retained[i]
-            sums.visible[layer] += stats.visible[i]
-
-
-def _zeros(stats: PostVisionStats, num_layers: int, length: int) -> PostVisionStats:
-    """Sums of all layers of one prompt, nothing added yet; dtypes and device of `stats`."""
-    num_kv_heads, num_heads = stats.scores.shape[0], stats.retained.shape[1]
-    return PostVisionStats(
-        stats.scores.new_zeros(num_layers, num_kv_heads, length),
-        stats.retained.new_zeros(num_layers, num_heads),
-        stats.visible.new_zeros(num_layers),
-    )
 
 
 def plan_measurement(
@@ -122,16 +117,25 @@ def plan_measurement(
             chunks.append(Chunk(prompt, first + offset, seen + offset, seen))
     if not chunks:
         return None
-    device = req_to_token.device
     width = max(chunk.seen for chunk in chunks)
-    rows = torch.tensor([chunk.prompt.req_pool_idx for chunk in chunks], device=device)
-    starts_q = [0, *accumulate(chunk.last - chunk.first for chunk in chunks)]
+    facts = to_device(
+        torch.tensor(
+            [
+                [chunk.prompt.req_pool_idx for chunk in chunks] + [0],
+                [chunk.seen for chunk in chunks] + [0],
+                [0, *accumulate(chunk.last - chunk.first for chunk in chunks)],
+                [i * width for i in range(len(chunks) + 1)],
+            ],
+            dtype=torch.int32,
+        ),
+        req_to_token.device,
+    )
     return Measurement(
         tuple(chunks),
-        torch.tensor(starts_q, dtype=torch.int32, device=device),
-        torch.arange(len(chunks) + 1, dtype=torch.int32, device=device) * width,
-        torch.tensor([chunk.seen for chunk in chunks], dtype=torch.int32, device=device),
-        req_to_token[rows, :width].contiguous(),
+        cu_seqlens_q=facts[2],
+        cu_seqlens_k=facts[3],
+        seqused_k=facts[1, :-1],
+        block_table=req_to_token[facts[0, :-1], :width].contiguous(),
     )
 
 
@@ -153,11 +157,36 @@ def ending_prompts(
     return ending
 
 
-def plan_prompt(prompt: TrackedPrompt, table: PromptTable, backend: Backend) -> CompressionPlan:
-    """What a prompt keeps, from its sums, which are let go of. One host sync."""
-    if prompt.sums is None:
+def plan_prompts(
+    prompts: Sequence[TrackedPrompt], config: VLCacheConfig, ranks: Ranks, backend: Backend
+) -> CompressionPlan:
+    """What prompts that end together keep, from their sums, which are let go of. One host sync.
+
+    They are one left-padded batch to the recipe, each sum behind its pads.
+    """
+    lengths = [prompt.length for prompt in prompts]
+    longest = max(lengths)
+    batch = Prompt(
+        longest,
+        tuple(longest - length for length in lengths),
+        tuple(prompt.query_rows for prompt in prompts),
+    )
+    sums = [_taken(prompt) for prompt in prompts]
+    padded = [
+        F.pad(s.scores, (longest - n, 0)) if n < longest else s.scores
+        for s, n in zip(sums, lengths, strict=True)
+    ]
+    scores = padded[0] if len(padded) == 1 else torch.cat(padded, -1)
+    retained = torch.stack([s.retained for s in sums], 1)  # [num_layers, num_seqs, num_heads]
+    scores = ranks.layer_scores(scores, batch, config)
+    retained, num_heads = ranks.retained(retained)
+    visible = torch.tensor([prompt.visible for prompt in prompts], dtype=torch.float64)
+    density = retained.cpu().double() / num_heads / visible  # the sync
+    return plan_from_scores(scores, density, batch, config, backend)
+
+
+def _taken(prompt: TrackedPrompt) -> PromptSums:
+    sums, prompt.sums = prompt.sums, None
+    if sums is None:
         raise RuntimeError(f"prompt {prompt.rid}: got no statistics, expected those of its chunks")
-    stats = [PostVisionStats(ψ, r[None], n[None]) for ψ, r, n in zip(*prompt.sums, strict=True)]
-    prompt.sums = None
-    recipe_prompt = Prompt(prompt.length, (0,), (prompt.query_rows,))
-    return make_plan(stats, recipe_prompt, table.config, backend)
+    return sums

@@ -1,7 +1,8 @@
-"""Move what a prompt keeps into the cells of its first slots, all layers together."""
+"""Move what prompts keep into the cells of their first slots, all layers and prompts together."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,70 +10,81 @@ from torch import Tensor
 
 from vlcache_triton.backend import Backend
 from vlcache_triton.plan import CompressionPlan
+from vlcache_triton.prompt import to_device
 
-from .block_table import PackedLayout, cells
+from .block_table import PackedLayout, cell_rows
 from .prompts import TrackedPrompt
 
 if TYPE_CHECKING:
     from .pool import OneTensorKVPool
 
 
-def pack_prompt(
-    prompt: TrackedPrompt,
+def pack_prompts(
+    prompts: Sequence[TrackedPrompt],
     plan: CompressionPlan,
     pool: OneTensorKVPool,
-    slots: Tensor,
+    req_to_token: Tensor,
     layout: PackedLayout,
     backend: Backend,
 ) -> None:
-    """Gather the kept rows of every layer, then scatter them into the prompt's first slots.
+    """Gather the kept rows of every layer, then scatter them into the prompts' first slots.
 
     Cells of one layer may lie where another layer's kept rows still are, so all are gathered first:
-    the peak is the compressed prompt, once more.
+    the peak is the compressed prompts, once more. No sync; some twenty launches, however many
+    layers and prompts.
 
     Args:
-        slots: `[m]` int32, the prompt's slots in order of position.
+        plan: of these prompts, in order.
+        req_to_token: `[*, max_context]` int32, SGLang's slots of each request.
         layout: told of it, for the decode steps to come.
     """
-    kept = plan.keep[:, 0].tolist()
-    gathered = [
-        _gather_layer(layer, k_l, plan, pool, slots, backend) for layer, k_l in enumerate(kept)
-    ]
-    own = slots[prompt.protected : prompt.protected + prompt.num_slots].long()
-    first_cell = 0
-    for k_l, (k, v) in zip(kept, gathered, strict=True):
-        rows = cells(first_cell, k_l, own, len(kept), pool.num_rows)
-        pool.flat.index_copy_(0, rows, k)
-        pool.flat.index_copy_(0, rows + pool.num_rows, v)
-        first_cell += k_l
-    layout.set(prompt.req_pool_idx, prompt.length, prompt.protected, kept)
-    prompt.is_packed = True
+    keep = plan.keep
+    facts = to_device(layout.facts(prompts, keep), req_to_token.device)
+    rows, first_slot, first_cell = facts[0], facts[2], facts[3:-1]
+    slots = req_to_token[rows, : plan.prompt.padded_length]
+    k, v = _gather(plan, pool, slots, backend)
+
+    # Of each gathered row: its segment, which is one (layer, prompt, KV head), and then its cell.
+    num_layers, num_kv_heads = len(keep), plan.num_kv_heads
+    segments = torch.arange(plan.head_keep.numel(), device=slots.device)
+    segment = segments.repeat_interleave(plan.cu_kept.diff(), output_size=len(k))
+    head, sequence = segment % num_kv_heads, segment // num_kv_heads
+    entry = torch.arange(len(k), device=slots.device) - plan.cu_kept[segment]
+    cell = first_cell.reshape(-1)[sequence] + entry
+    seq = sequence % len(prompts)
+    slot = slots[seq, first_slot[seq] + cell // num_layers]
+    row = cell_rows(cell, slot, num_layers, pool.num_rows)
+    pool.flat[row, head] = k
+    pool.flat[row + pool.num_rows, head] = v
+
+    layout.table[:, rows] = facts[1:]
+    most_kept = keep.amax(0).tolist()
+    for prompt, most in zip(prompts, most_kept, strict=True):
+        prompt.is_packed, prompt.evicted = True, prompt.length - most
 
 
-def _gather_layer(
-    layer: int,
-    kept: int,
-    plan: CompressionPlan,
-    pool: OneTensorKVPool,
-    slots: Tensor,
-    backend: Backend,
+def _gather(
+    plan: CompressionPlan, pool: OneTensorKVPool, slots: Tensor, backend: Backend
 ) -> tuple[Tensor, Tensor]:
-    """This layer's kept K and V, `[kept, num_kv_heads, d]`: row j has each head's own token j."""
-    k, v = pool.k_buffer[layer], pool.v_buffer[layer]
-    num_kv_heads, d = k.shape[1:]
-    starts = torch.arange(num_kv_heads + 1, dtype=torch.int32, device=k.device) * kept
-    out_k, out_v = (x.new_empty(num_kv_heads * kept, 1, d) for x in (k, v))
+    """Kept K and V `[total_kept, d]`, in the order of the plan's indices.
+
+    To the kernel, each layer of each prompt is a sequence of its own over the flat pool.
+    """
+    num_layers = len(plan.head_keep)
+    total, d = int(plan.head_keep.sum()), pool.flat.shape[-1]
+    layer_rows = torch.arange(num_layers, device=slots.device, dtype=torch.int32)
+    block_table = slots + (2 * pool.num_rows * layer_rows)[:, None, None]
+    out = pool.flat.new_empty(2, total, 1, d)
     backend.compact_kv(
-        k[:, None],
-        v[:, None],
-        starts[:2],  # unused for pages
+        pool.flat[: -pool.num_rows, None],
+        pool.flat[pool.num_rows :, None],
+        plan.cu_kept,  # unused for pages
         plan.indices,
-        plan.layer_cu_kept(layer),
-        out_k,
-        out_v,
-        starts,
-        max_kept=kept,
-        block_table=slots[None],
+        plan.cu_kept,
+        out[0],
+        out[1],
+        plan.cu_kept,
+        max_kept=int(plan.head_keep.max()),
+        block_table=block_table.flatten(0, 1),
     )
-    shape = num_kv_heads, kept, d
-    return out_k.view(shape).transpose(0, 1), out_v.view(shape).transpose(0, 1)
+    return out[0, :, 0], out[1, :, 0]

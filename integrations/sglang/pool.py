@@ -42,3 +42,10 @@ class OneTensorKVPool(MHATokenToKVPool):
         self.k_buffer = [buffer[layer, 0] for layer in range(self.layer_num)]
         self.v_buffer = [buffer[layer, 1] for layer in range(self.layer_num)]
         self.flat = buffer.view(-1, *shape[1:])
+
+    def _alloc_post_capture_buffers(self) -> None:
+        raise NotImplementedError(
+            "--attention-backend vlcache: got SGLANG_ENABLE_POST_CAPTURE_KV_SIZING, which reserves"
+            " each layer's KV apart and sizes it after graphs are captured; expected it to be 0, so"
+            " that the pool is one tensor (or VLCACHE_PACK=0, which frees no slots)"
+        )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,17 @@ from vlcache_triton.budgets import layer_budgets
 from vlcache_triton.config import VLCacheConfig
 from vlcache_triton.policies import VL_CACHE
 from vlcache_triton.prompt import count_query_rows
-from vlcache_triton.reference import PostVisionStats
+
+
+class PromptSums(NamedTuple):
+    """The post-vision statistics of one prompt, all layers, summed over the chunks seen.
+
+    scores: `[num_layers, num_kv_heads, m]` fp32. retained: `[num_layers, num_heads]` int64. Both of
+    the heads of this rank.
+    """
+
+    scores: Tensor
+    retained: Tensor
 
 
 @dataclass
@@ -26,9 +37,9 @@ class TrackedPrompt:
     first_row: where the query rows begin; they end with the prompt.
     num_slots: slots that the compressed prompt takes, ceil(Σ k_l / L).
     protected: the first tokens, whose slots belong to the radix tree.
-    sums: the statistics summed over the chunks seen: scores `[num_layers, num_kv_heads, m]`,
-        retained `[num_layers, num_heads]`, visible `[num_layers]`.
+    sums: what the chunks seen say.
     is_packed: its kept tokens lie in the first `num_slots` of its own slots.
+    evicted: tokens that every layer evicted, once it is packed.
     private: those slots, once the others went back to the scheduler.
     """
 
@@ -39,14 +50,20 @@ class TrackedPrompt:
     num_slots: int
     prefilled: int = 0
     protected: int = 0
-    sums: PostVisionStats | None = None
+    sums: PromptSums | None = None
     is_packed: bool = False
+    evicted: int = 0
     private: Tensor | None = None
 
     @property
     def query_rows(self) -> int:
         """τ."""
         return self.length - self.first_row
+
+    @property
+    def visible(self) -> int:
+        """Entries that the query rows of one head see: row i sees i + 1 keys."""
+        return self.query_rows * (self.first_row + self.length + 1) // 2
 
 
 class PromptTable:
@@ -59,6 +76,9 @@ class PromptTable:
 
     def __init__(self, config: VLCacheConfig, num_layers: int, pack: bool) -> None:
         self.config, self.num_layers, self.pack = config, num_layers, pack
+        #: At least the longest live length of the decode step to come, written before it.
+        self.longest_live: int | None = None
+        self.graph_widths: tuple[int, ...] = ()  # what captured decode steps hold of a request
         self.has_freed = False  # slots, since admission was last looked at
         self._by_rid: dict[str, TrackedPrompt] = {}
 
@@ -73,13 +93,30 @@ class PromptTable:
         """Where the query rows of a request's prompt begin; None where it is left whole."""
         if self.config.is_lossless or req.session is not None or req.beam_group is not None:
             return None  # sessions and beams share a row of slots among requests
+        if (most := req.sampling_params.max_new_tokens) is not None and most <= 1:
+            return None  # no step will decode over it
         length, boundary = len(req.origin_input_ids), image_end(req)
+        if self.pack and slots_needed(length, self.num_layers, self.config) >= length:
+            return None  # nothing would be freed
         if boundary > 0:
             rows = max(length - boundary, 1)
         else:
             rows = min(self.config.text_window or 0, length)
         rows = count_query_rows(rows, length, self.config, VL_CACHE)
         return length - rows if rows else None
+
+    def longest_prefix(self, req: Any) -> int | None:
+        """How much of a prompt may be found in the radix tree; None: SGLang's own bound will do.
+
+        Query rows must be computed. And what is kept must fit in slots that are not the tree's, or
+        whether a prompt is compressed would depend on what others left there.
+        """
+        first_row = self.first_query_row(req)
+        if first_row is None or not self.pack:
+            return first_row
+        length = len(req.origin_input_ids)
+        num_slots = slots_needed(length, self.num_layers, self.config)
+        return max(min(first_row, length - num_slots - 1), 0)
 
     def see(self, req: Any) -> None:
         """Note a request that is about to be prefilled, or a chunk of it."""
@@ -92,7 +129,7 @@ class PromptTable:
             # What is evicted cannot be matched later, so the tree must not have it.
             req.skip_radix_cache_insert = True
             if num_slots >= length - protected:
-                return  # nothing would be freed
+                return  # longest_prefix rules it out; it has no slots to be packed in
         prompt = self._by_rid.get(req.rid)
         if prompt is None or prompt.req_pool_idx != req.kv.req_pool_idx:
             prompt = TrackedPrompt(req.rid, req.kv.req_pool_idx, length, first_row, num_slots)
@@ -113,6 +150,11 @@ class PromptTable:
         # From here on SGLang frees what lies behind the prompt; the private slots are ours to free.
         req.kv.cache_protected_len = prompt.length
         self.has_freed = True
+
+    def most_live(self, req: Any) -> int:
+        """At least the tokens that a layer holds of a request in its next decode step."""
+        prompt = self._by_rid.get(req.rid)
+        return req.kv.kv_allocated_len - (0 if prompt is None else prompt.evicted)
 
     def private_tokens(self, kv: Any) -> int:
         """Slots held by the request of that KV record that SGLang's own count leaves out."""
@@ -138,13 +180,15 @@ def image_end(req: Any) -> int:
     if inputs is None:
         return 0
     # Offsets are (first, last), both within the image. models/llava.py keeps (first, length).
-    ends = [last + 1 for item in inputs.mm_items for _, last in item.offsets or []]
+    visual = [item for item in inputs.mm_items if not item.is_audio()]
+    ends = [last + 1 for item in visual for _, last in item.offsets or []]
     starts = getattr(inputs, "image_offsets", None) or []
     lengths = getattr(inputs, "image_pad_len", None) or []
     ends += [start + length for start, length in zip(starts, lengths, strict=False)]
     return max(ends, default=0)
 
 
+@functools.lru_cache(maxsize=4096)  # asked at each match and each chunk
 def slots_needed(length: int, num_layers: int, config: VLCacheConfig) -> int:
     """ceil(Σ k_l / L): the sum of the layers' budgets does not depend on how they share it."""
     budgets = layer_budgets(torch.ones(num_layers, 1), torch.tensor([length]), config)

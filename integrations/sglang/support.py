@@ -18,6 +18,11 @@ OTHER_CACHES = (  # flags that keep KV in a place of its own
     "enable_session_radix_cache",
     "radix_cache_backend",
 )
+BY_SLOT = (  # flags that look up by slot, when a request ends, what each of its tokens recorded
+    "enable_return_routed_experts",
+    "enable_return_indexer_topk",
+)
+OTHER_DECODES = ("enable_nvidia_megakernel", "enable_amd_monokernel")  # attend by themselves
 
 
 def check_version() -> None:
@@ -47,6 +52,7 @@ def _server_problems(runner: Any) -> Iterator[str]:
         get_disagg,
         get_exec,
         get_memory,
+        get_observability,
         get_parallel,
         get_schedule,
         get_serving,
@@ -61,10 +67,18 @@ def _server_problems(runner: Any) -> Iterator[str]:
         yield f"got --page-size {runner.page_size}, expected 1: slots are freed one by one"
     if get_schedule().enable_mixed_chunk:
         yield "--enable-mixed-chunk is not supported"
-    for flag in OTHER_CACHES:
-        if getattr(get_memory(), flag):
-            name = flag.replace("_", "-")
-            yield f"--{name} is not supported, as it keeps KV in a place of its own"
+    for flags, part, why in (
+        (OTHER_CACHES, get_memory(), "keeps KV in a place of its own"),
+        (BY_SLOT, get_exec().features, "reads by slot, and evicted tokens have none"),
+        (OTHER_DECODES, get_exec().kernel, "decodes without an attention backend"),
+        (("enable_torch_compile",), get_exec().graph, "would trace tables made by the host"),
+        (("prefill_only_disable_kv_cache",), get_schedule(), "stores no KV that could be measured"),
+    ):
+        for flag in flags:
+            if getattr(part, flag):
+                yield f"--{flag.replace('_', '-')} is not supported, as it {why}"
+    if get_observability().kv_canary != "none":
+        yield "--kv-canary is not supported, as it checks KV in the slots that packing rewrites"
     if get_disagg().disaggregation_mode != "null":
         yield "prefill-decode disaggregation is not supported"
     if get_disagg().enable_pdmux:
@@ -78,7 +92,7 @@ def _server_problems(runner: Any) -> Iterator[str]:
     if get_serving().strip_thinking_cache:
         yield "--strip-thinking-cache is not supported"
     parallel = get_parallel()
-    for name in ("tp_size", "pp_size", "attn_cp_size", "attn_dcp_size"):
+    for name in ("pp_size", "attn_cp_size", "attn_dcp_size", "attn_dp_size"):
         if getattr(parallel, name) != 1:
             yield f"got {name} {getattr(parallel, name)}, expected 1"
 

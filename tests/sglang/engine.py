@@ -110,12 +110,12 @@ def _load(path: Path):
     return model.eval(), transformers.AutoProcessor.from_pretrained(path)
 
 
-def expected_tokens(folder: Path, request: dict, budget: float | None) -> list[int]:
+def expected_tokens(folder: Path, request: dict, budget: float | None, **choices) -> list[int]:
     """Greedy tokens of Transformers, under our adapter where a budget is given."""
     model, processor = _load(folder / "model")
     images = [picture(*image) for image in request["images"]]
     inputs = processor(text=[request["text"]], images=images or None, return_tensors="pt")
     length = inputs["input_ids"].shape[1]
-    with nullcontext() if budget is None else vl_cache(model, budget=budget):
+    with nullcontext() if budget is None else vl_cache(model, budget=budget, **choices):
         out = model.generate(**inputs, max_new_tokens=request["max_new_tokens"], do_sample=False)
     return out[0, length:].tolist()

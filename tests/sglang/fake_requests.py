@@ -15,12 +15,14 @@ def fake_request(
     image: tuple[int, int] | None,
     protected: int = 0,
     outputs: int = 0,
+    max_new_tokens: int = 16,
+    audio: bool = False,
 ) -> SimpleNamespace:
     """A request whose image lies at positions image[0] to image[1], the last included.
 
     It was retracted if it has `outputs`, which it prefills again.
     """
-    item = SimpleNamespace(offsets=[image])
+    item = fake_item([image], audio)
     return SimpleNamespace(
         rid=rid,
         origin_input_ids=list(range(length)),
@@ -28,9 +30,15 @@ def fake_request(
         session=None,
         beam_group=None,
         skip_radix_cache_insert=False,
+        sampling_params=SimpleNamespace(max_new_tokens=max_new_tokens),
         multimodal_inputs=None if image is None else SimpleNamespace(mm_items=[item]),
         kv=SimpleNamespace(req_pool_idx=row, cache_protected_len=protected),
     )
+
+
+def fake_item(offsets: list[tuple[int, int]] | None, audio: bool = False) -> SimpleNamespace:
+    """An image at these spans of positions, or a sound."""
+    return SimpleNamespace(offsets=offsets, is_audio=lambda: audio)
 
 
 class FakeAllocator:

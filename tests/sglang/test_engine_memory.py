@@ -73,6 +73,19 @@ def test_the_triton_kernels_serve_it_too_behind_a_text_prefix_of_the_tree(folder
     assert run.steps[2] is True
 
 
+def test_an_answer_does_not_depend_on_what_the_tree_holds(folder):
+    """A text prefix that would leave the image prompt fewer slots than it keeps is not taken."""
+    text = "a beginning that is shared by all, and much longer than all of what follows it here "
+    image = ask(NAME, "what?", 1, 6, seed=1, before=text)
+    steps = [{"requests": [image]}, {"requests": [ask(NAME, text, 0, 2)]}, {"requests": [image]}]
+    run = run_engine(folder, [*steps, {"flush": True}], {"VLCACHE_BUDGET": "0.25"})
+    expected = expected_tokens(folder, image, 0.25)
+    assert expected != expected_tokens(folder, image, None), "compression should be seen"
+    assert run.tokens(0)[0] == run.tokens(2)[0] == expected
+    assert 0 < run.steps[2][0]["cached_tokens"] < len(text)
+    assert run.steps[3] is True
+
+
 def random_requests(count: int, seed: int) -> list[dict]:
     """Of all lengths, with 0 to 2 images; some share a beginning, some are aborted on the way."""
     rng, requests = random.Random(seed), []

@@ -8,11 +8,13 @@ import pytest
 import torch
 from engine import start
 from sglang.srt.configs.model_config import AttentionArch
+from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import UnquantizedKVCacheMethod
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.plugins.hook_registry import HookRegistry
 from tiny_checkpoints import save_qwen2_5_vl
 
 from vlcache_triton.integrations.sglang import hooks, support
+from vlcache_triton.integrations.sglang.pool import OneTensorKVPool
 
 CONTEXT = "sglang.srt.runtime_context."
 
@@ -22,19 +24,24 @@ def server(**changes) -> dict[str, object]:
     parts = {
         "get_memory": dict.fromkeys(support.OTHER_CACHES, False),
         "get_spec": dict(speculative_algorithm=None),
-        "get_schedule": dict(enable_mixed_chunk=False),
+        "get_schedule": dict(enable_mixed_chunk=False, prefill_only_disable_kv_cache=False),
+        "get_observability": dict(kv_canary="none"),
         "get_disagg": dict(disaggregation_mode="null", enable_pdmux=False),
         "get_exec": dict(
             overlap=SimpleNamespace(enable_two_batch_overlap=False),
             dllm=SimpleNamespace(dllm_algorithm=None),
             graph=SimpleNamespace(
-                cuda_graph_config=SimpleNamespace(prefill=SimpleNamespace(backend="breakable"))
+                cuda_graph_config=SimpleNamespace(prefill=SimpleNamespace(backend="breakable")),
+                enable_torch_compile=False,
             ),
+            features=SimpleNamespace(**dict.fromkeys(support.BY_SLOT, False)),
+            kernel=SimpleNamespace(**dict.fromkeys(support.OTHER_DECODES, False)),
         ),
         "get_serving": dict(strip_thinking_cache=False),
-        "get_parallel": dict(tp_size=1, pp_size=1, attn_cp_size=1, attn_dcp_size=1),
+        "get_parallel": dict(pp_size=1, attn_cp_size=1, attn_dcp_size=1, attn_dp_size=1),
     }
-    for part in parts.values():
+    spaces = [vars(x) for x in parts["get_exec"].values()] + list(parts.values())
+    for part in spaces:
         part.update({name: value for name, value in changes.items() if name in part})
     return {name: SimpleNamespace(**part) for name, part in parts.items()}
 
@@ -74,7 +81,14 @@ def test_a_plain_server_is_accepted():
         (dict(enable_mixed_chunk=True), "--enable-mixed-chunk"),
         (dict(enable_hierarchical_cache=True), "--enable-hierarchical-cache"),
         (dict(disaggregation_mode="prefill"), "disaggregation"),
-        (dict(tp_size=2), "tp_size 2, expected 1"),
+        (dict(pp_size=2), "pp_size 2, expected 1"),
+        (dict(attn_dp_size=2), "attn_dp_size 2, expected 1"),
+        (dict(enable_return_routed_experts=True), "--enable-return-routed-experts .* by slot"),
+        (dict(enable_return_indexer_topk=True), "--enable-return-indexer-topk .* by slot"),
+        (dict(enable_nvidia_megakernel=True), "--enable-nvidia-megakernel"),
+        (dict(enable_torch_compile=True), "--enable-torch-compile"),
+        (dict(prefill_only_disable_kv_cache=True), "--prefill-only-disable-kv-cache"),
+        (dict(kv_canary="log"), "--kv-canary"),
         (dict(backends=("fa3", "vlcache")), "expected vlcache for both"),
     ],
 )
@@ -101,6 +115,14 @@ def test_features_that_are_not_supported_are_named(change, sentence):
 def test_models_that_are_not_supported_are_named(change, sentence):
     with pytest.raises(NotImplementedError, match=sentence):
         check(runner(**change))
+
+
+def test_a_pool_that_is_sized_after_capture_is_refused_with_what_to_do():
+    """As SGLang calls it where SGLANG_ENABLE_POST_CAPTURE_KV_SIZING=1, on CUDA alone."""
+    pool = object.__new__(OneTensorKVPool)
+    pool.quant_method, pool.post_capture_active = UnquantizedKVCacheMethod(), True
+    with pytest.raises(NotImplementedError, match="got SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"):
+        pool._create_buffers()
 
 
 def test_another_sglang_is_refused():

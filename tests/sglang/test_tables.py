@@ -4,15 +4,27 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fake_requests import FakeAllocator, FakePool, fake_request
+from fake_requests import FakeAllocator, FakePool, fake_item, fake_request
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlcache_triton.backend import get_backend
 from vlcache_triton.config import VLCacheConfig
 from vlcache_triton.integrations.sglang.block_table import PackedLayout, fill_block_table
 from vlcache_triton.integrations.sglang.index_only import KeptPositions, sparse_table
-from vlcache_triton.integrations.sglang.measure import ending_prompts, plan_measurement, plan_prompt
-from vlcache_triton.integrations.sglang.packing import pack_prompt
-from vlcache_triton.integrations.sglang.prompts import PromptTable, image_end, slots_needed
+from vlcache_triton.integrations.sglang.measure import (
+    ending_prompts,
+    plan_measurement,
+    plan_prompts,
+)
+from vlcache_triton.integrations.sglang.packing import pack_prompts
+from vlcache_triton.integrations.sglang.prompts import (
+    PromptSums,
+    PromptTable,
+    TrackedPrompt,
+    image_end,
+    slots_needed,
+)
+from vlcache_triton.integrations.sglang.ranks import Ranks
 
 CPU = torch.device("cpu")
 LAYERS, HEADS, KV_HEADS, D = 3, 4, 2, 16
@@ -40,8 +52,8 @@ class Server:
         slots = self.allocator.alloc(total, self.generator)
         self.req_to_token[req.kv.req_pool_idx, :total] = slots.int()
 
-    def prefill(self, reqs, spans) -> list:
-        """One forward over positions [first, last) of each request; returns its finished plans."""
+    def prefill(self, reqs, spans) -> tuple | None:
+        """One forward over positions [first, last) of each request; (prompts that end, plan)."""
         for req in reqs:
             self.table.see(req)
         prefix = [first for first, _ in spans]
@@ -56,11 +68,10 @@ class Server:
             k = self.pool.k_buffer[layer][:, None]
             measured.add_layer(layer, LAYERS, torch.cat(rows), k, 0.25, 0.01, self.ops)
         ending = ending_prompts(self.table, rids, prefix, extend)
-        return [(p, plan_prompt(p, self.table, self.ops)) for p in ending]
+        return ending and (ending, plan_prompts(ending, CONFIG, Ranks(), self.ops))
 
-    def pack(self, prompt, plan) -> None:
-        slots = self.req_to_token[prompt.req_pool_idx, : prompt.length].contiguous()
-        pack_prompt(prompt, plan, self.pool, slots, self.layout, self.ops)
+    def pack(self, prompts, plan) -> None:
+        pack_prompts(prompts, plan, self.pool, self.req_to_token, self.layout, self.ops)
 
     def cache(self, req, layer: int, tokens: int) -> torch.Tensor:
         """K and V `[2, tokens, kv_heads, d]` of a request that is not packed."""
@@ -78,9 +89,11 @@ def attention(q: torch.Tensor, kv: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def kept_then_generated(plan, dense: torch.Tensor, layer: int, length: int) -> list[torch.Tensor]:
-    """Each KV head's `[2, n, d]`: what the plan keeps of the prompt, and all that follows."""
-    kept = plan.kept_positions(layer, 0).long()
+def kept_then_generated(
+    plan, seq: int, dense: torch.Tensor, layer: int, length: int
+) -> list[torch.Tensor]:
+    """Each KV head's `[2, n, d]`: what the plan keeps of prompt `seq`, and all that follows."""
+    kept = plan.kept_positions(layer, seq).long()
     return [
         torch.cat([dense[:, kept[head], head], dense[:, length:, head]], 1)
         for head in range(KV_HEADS)
@@ -95,7 +108,7 @@ def test_chunks_of_any_size_give_the_unchunked_plan(bounds):
     for server, ends in ((whole, (50,)), (chunked, bounds)):
         server.admit(req, 60)
         chunks = zip((0, *ends), ends, strict=False)
-        plans += [plan for chunk in chunks for _, plan in server.prefill([req], [chunk])]
+        plans += [found[1] for chunk in chunks if (found := server.prefill([req], [chunk]))]
     assert len(plans) == 2
     assert torch.equal(plans[0].keep, plans[1].keep)
     assert torch.equal(plans[0].indices, plans[1].indices)
@@ -112,8 +125,8 @@ def test_a_retracted_request_keeps_what_it_kept_and_is_packed_at_its_very_end(bo
     ):
         server.admit(req, 60)
         found = [server.prefill([req], [chunk]) for chunk in zip((0, *ends), ends, strict=False)]
-        assert [len(plans) for plans in found] == [0] * (len(ends) - 1) + [1]
-        plans.append(found[-1][0][1])
+        assert [bool(plans) for plans in found] == [False] * (len(ends) - 1) + [True]
+        plans.append(found[-1][1])
     assert torch.equal(plans[0].indices, plans[1].indices)
 
 
@@ -127,11 +140,14 @@ def test_a_batch_measures_each_image_prompt_as_if_alone():
     for server in (together, alone):
         for req in reqs:
             server.admit(req, len(req.origin_input_ids))
-    plans = together.prefill(reqs, [(0, 50), (0, 20), (4, 40)])
-    singles = alone.prefill(reqs[:1], [(0, 50)]) + alone.prefill(reqs[2:], [(4, 40)])
-    assert [p.rid for p, _ in plans] == [p.rid for p, _ in singles] == ["a", "b"]
-    for (_, ours), (_, single) in zip(plans, singles, strict=True):
-        assert torch.equal(ours.indices, single.indices)
+    prompts, plan = together.prefill(reqs, [(0, 50), (0, 20), (4, 40)])
+    singles = [alone.prefill(reqs[:1], [(0, 50)]), alone.prefill(reqs[2:], [(4, 40)])]
+    assert [p.rid for p in prompts] == [p.rid for [p], _ in singles] == ["a", "b"]
+    for i, (_, single) in enumerate(singles):
+        assert torch.equal(plan.keep[:, i], single.keep[:, 0])
+        for layer in range(LAYERS):
+            ours, its = plan.kept_positions(layer, i), single.kept_positions(layer, 0)
+            assert torch.equal(ours, its)
 
 
 @pytest.mark.parametrize("kernels", ["reference", "triton"])
@@ -151,11 +167,11 @@ def test_decoding_over_packed_prompts_reads_what_was_kept(kernels):
         for layer in range(LAYERS)
         for req, n in zip(reqs, lengths.tolist(), strict=True)
     }
-    plans = {p.rid: (p, plan) for p, plan in server.prefill(reqs, [(0, 50), (0, 20), (4, 40)])}
-    for prompt, plan in plans.values():
-        server.pack(prompt, plan)
-    keep = plans["a"][1].keep.flatten()
-    assert keep.unique().numel() > 1, "layers should differ, or the packing is not tested"
+    prompts, plan = server.prefill(reqs, [(0, 50), (0, 20), (4, 40)])
+    server.pack(prompts, plan)
+    packed = [prompt.rid for prompt in prompts]
+    assert packed == ["a", "b"]
+    assert plan.keep[:, 0].unique().numel() > 1, "layers should differ, or packing is not tested"
     for req in (reqs[0], reqs[2]):  # give the rest away, and overwrite it
         server.table.free_evicted(req, server.req_to_token, server.allocator)
     free = server.allocator.is_free.nonzero().flatten()
@@ -185,10 +201,9 @@ def test_decoding_over_packed_prompts_reads_what_was_kept(kernels):
         )
         for i, req in enumerate(reqs):
             kv = dense[layer, req.rid]
-            if req.rid in plans:
-                expected = kept_then_generated(
-                    plans[req.rid][1], kv, layer, len(req.origin_input_ids)
-                )
+            if req.rid in packed:
+                seq, length = packed.index(req.rid), len(req.origin_input_ids)
+                expected = kept_then_generated(plan, seq, kv, layer, length)
             else:
                 expected = [kv[:, :, head] for head in range(KV_HEADS)]
             torch.testing.assert_close(out[i], attention(q[i], expected), rtol=1e-4, atol=1e-5)
@@ -206,13 +221,65 @@ def test_decoding_over_packed_prompts_reads_what_was_kept(kernels):
     assert seqused[0] == 0
 
 
+class CountOps(TorchDispatchMode):
+    """Counts torch's operators; the kernels', which loop here, are left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.in_kernel = 0, False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not self.in_kernel
+        return func(*args, **(kwargs or {}))
+
+    def leave_out(self, kernel):
+        def run(*args, **kwargs):
+            self.in_kernel = True
+            try:
+                return kernel(*args, **kwargs)
+            finally:
+                self.in_kernel = False
+
+        return run
+
+
+def ops_of_planning_and_packing(num_layers: int, num_prompts: int) -> int:
+    generator = torch.Generator().manual_seed(0)
+    pool, length = FakePool(num_layers, 100 * num_prompts, KV_HEADS, D), 60
+    prompts = []
+    for row in range(num_prompts):
+        sums = PromptSums(
+            torch.rand(num_layers, KV_HEADS, length, generator=generator),
+            torch.randint(1, 200, (num_layers, HEADS), generator=generator),
+        )
+        prompts.append(TrackedPrompt(str(row), row, length, length - 9, 18, sums=sums))
+    req_to_token = torch.arange(1, 80 * num_prompts + 1).view(num_prompts, -1)[:, :length].int()
+    mode, ops = CountOps(), get_backend("reference", CPU)
+    ops = ops._replace(
+        **{name: mode.leave_out(getattr(ops, name)) for name in ("select_tokens", "compact_kv")}
+    )
+    layout = PackedLayout.empty(num_layers, num_prompts, CPU)
+    with mode:
+        plan = plan_prompts(prompts, CONFIG, Ranks(), ops)
+        pack_prompts(prompts, plan, pool, req_to_token, layout, ops)
+    return mode.count
+
+
+def test_what_ends_a_prefill_costs_no_more_for_more_layers_or_prompts():
+    """One prompt of 28 layers took 1003 operators when every layer had some of its own."""
+    few = ops_of_planning_and_packing(3, 1)
+    assert few < 200
+    assert abs(ops_of_planning_and_packing(28, 1) - few) < 10
+    assert abs(ops_of_planning_and_packing(28, 4) - few) < 20
+
+
 def test_index_only_tables_read_the_same_tokens():
     server = Server(pack=False)
     req, text = fake_request("a", 1, 50, (5, 30)), fake_request("text", 2, 20, None)
     for r, n in ((req, 53), (text, 21)):
         server.admit(r, n)
-    [(_, plan)] = server.prefill([req, text], [(0, 50), (0, 20)])
-    kept = [KeptPositions(50, plan), None]
+    _, plan = server.prefill([req, text], [(0, 50), (0, 20)])
+    kept = [KeptPositions(50, plan, 0), None]
     rows = [server.req_to_token[1], server.req_to_token[2]]
     q = torch.randn(2, HEADS, D, generator=server.generator)
     for layer in range(LAYERS):
@@ -230,7 +297,7 @@ def test_index_only_tables_read_the_same_tokens():
             seqused_k=seqused,
             block_table=table,
         ).view(2, HEADS, D)
-        expected = kept_then_generated(plan, server.cache(req, layer, 53), layer, 50)
+        expected = kept_then_generated(plan, 0, server.cache(req, layer, 53), layer, 50)
         torch.testing.assert_close(out[0], attention(q[0], expected), rtol=1e-4, atol=1e-5)
         dense = server.cache(text, layer, 21)
         expected = [dense[:, :, head] for head in range(KV_HEADS)]
@@ -244,9 +311,9 @@ def test_slots_are_freed_once_and_given_back_once():
     server.admit(req, 53)
     before = int(server.allocator.is_free.sum())
     row = server.req_to_token[1].clone()
-    [(prompt, plan)] = server.prefill([req], [(4, 50)])
+    prompts, plan = server.prefill([req], [(4, 50)])
     assert server.table.private_tokens(req.kv) == 0
-    server.pack(prompt, plan)
+    server.pack(prompts, plan)
     for _ in range(2):
         server.table.free_evicted(req, server.req_to_token, server.allocator)
     slots = slots_needed(50, LAYERS, CONFIG)
@@ -265,7 +332,7 @@ def test_a_request_that_leaves_before_it_is_packed_frees_nothing_of_ours():
     server = Server()
     req = fake_request("a", 1, 50, (5, 30))
     server.admit(req, 50)
-    assert server.prefill([req], [(0, 40)]) == []
+    assert not server.prefill([req], [(0, 40)])
     before = server.allocator.is_free.clone()
     server.table.free_evicted(req, server.req_to_token, server.allocator)
     server.table.release(req, server.allocator)
@@ -276,14 +343,64 @@ def test_what_is_left_whole_is_not_tracked():
     server = Server()
     whole = [
         fake_request("text", 1, 50, None),
-        fake_request("cached", 2, 50, (5, 30), protected=40),  # fewer own slots than it keeps
-        fake_request("session", 3, 50, (5, 30)),
+        fake_request("session", 2, 50, (5, 30)),
+        fake_request("scored", 3, 50, (5, 30), max_new_tokens=1),
+        fake_request("embedded", 4, 50, (5, 30), max_new_tokens=0),
+        fake_request("heard", 5, 50, (5, 30), audio=True),
     ]
-    whole[2].session = SimpleNamespace()
+    whole[1].session = SimpleNamespace()
     for req in whole:
         server.table.see(req)
+        assert server.table.longest_prefix(req) is None, req.rid
+        assert not req.skip_radix_cache_insert, "its prefix may be reused"
     assert len(server.table) == 0
     assert PromptTable(VLCacheConfig(budget=1.0), 2, True).first_query_row(whole[1]) is None
+
+
+def test_the_tree_leaves_a_prompt_the_slots_that_it_keeps():
+    """Or whether it is compressed would depend on what other requests left in the tree."""
+    req = fake_request("a", 1, 50, (45, 48))
+    assert slots_needed(50, LAYERS, CONFIG) == 15
+    assert PromptTable(CONFIG, LAYERS, True).longest_prefix(req) == 34  # not 49, the query row
+    assert PromptTable(CONFIG, LAYERS, False).longest_prefix(req) == 49
+    whole = VLCacheConfig(budget=60)  # tokens: more than there are
+    assert PromptTable(whole, LAYERS, True).longest_prefix(req) is None
+    table = PromptTable(CONFIG, LAYERS, True)
+    table.see(fake_request("b", 1, 50, (45, 48), protected=34))
+    assert len(table) == 1
+
+
+def test_the_host_bounds_live_lengths_and_the_fill_writes_no_more():
+    server = Server("triton")
+    req, text = fake_request("a", 1, 50, (5, 30)), fake_request("text", 2, 20, None)
+    for r, n in ((req, 53), (text, 21)):
+        server.admit(r, n)
+        r.kv.kv_allocated_len = n
+    prompts, plan = server.prefill([req, text], [(0, 50), (0, 20)])
+    server.pack(prompts, plan)
+    most = int(plan.keep[:, 0].max()) + 3
+    assert [server.table.most_live(r) for r in (req, text)] == [most, 21]
+    table = torch.full((2, 4096), -7, dtype=torch.int32)  # far wider than any
+    seqused = torch.zeros(2, dtype=torch.int32)
+    rows, lengths = torch.tensor([1, 2]), torch.tensor([53, 21])
+    live = []
+    for layer in range(LAYERS):
+        fill_block_table(
+            layer, server.req_to_token, rows, lengths, server.layout, 400, table, seqused
+        )
+        live.append(seqused.tolist())
+        assert (table != -7).sum(1).tolist() == [max(x) for x in zip(*live, strict=True)]
+    assert max(n for n, _ in live) == most
+
+
+def test_long_requests_get_their_whole_table():
+    """Longer than what a request's programs write in one go."""
+    slots = torch.randperm(9000, generator=torch.Generator().manual_seed(0)).int()
+    layout, seqused = PackedLayout.empty(1, 1, CPU), torch.zeros(1, dtype=torch.int32)
+    table = torch.full((1, 9000), -7, dtype=torch.int32)
+    row = torch.zeros(1, dtype=torch.int64)
+    fill_block_table(0, slots[None], row, row + 8321, layout, 9000, table, seqused)
+    assert torch.equal(table[0, :8321], slots[:8321]) and (table[0, 8321:] == -7).all()
 
 
 @pytest.mark.parametrize(
@@ -303,8 +420,8 @@ def test_query_rows_are_those_of_the_recipe(config, image, first_row):
 
 
 def test_the_last_visual_token_is_found_in_both_of_sglangs_forms():
-    items = [SimpleNamespace(offsets=[(3, 6), (9, 12)]), SimpleNamespace(offsets=None)]
+    items = [fake_item([(3, 6), (9, 12)]), fake_item(None), fake_item([(20, 30)], audio=True)]
     req = SimpleNamespace(multimodal_inputs=SimpleNamespace(mm_items=items))
     assert image_end(req) == 13
-    llava = SimpleNamespace(mm_items=items[1:], image_offsets=[4, 20], image_pad_len=[10, 5])
+    llava = SimpleNamespace(mm_items=items[1:2], image_offsets=[4, 20], image_pad_len=[10, 5])
     assert image_end(SimpleNamespace(multimodal_inputs=llava)) == 25

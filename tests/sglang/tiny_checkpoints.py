@@ -43,8 +43,8 @@ def byte_tokenizer(special: list[str], **names: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
-def save_qwen2_5_vl(path: Path) -> None:
-    """M-RoPE, images of `(height / 28) * (width / 28)` tokens."""
+def save_qwen2_5_vl(path: Path, **text) -> None:
+    """M-RoPE, images of `(height / 28) * (width / 28)` tokens. text: changes of the text model."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>"]
     special += ["<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
     tokenizer = byte_tokenizer(
@@ -63,7 +63,7 @@ def save_qwen2_5_vl(path: Path) -> None:
     rope = dict(rope_type="default", type="default", mrope_section=[2, 3, 3], rope_theta=10000.0)
     config = Qwen2_5_VLConfig(
         text_config=dict(
-            TEXT,
+            {**TEXT, **text},
             model_type="qwen2_5_vl_text",
             rope_theta=10000.0,
             rope_parameters=rope,
