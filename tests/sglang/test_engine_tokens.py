@@ -38,6 +38,7 @@ def test_a_quarter_of_the_cache_gives_our_adapters_tokens(checkpoint):
     assert run.tokens() == expected
     assert expected != [expected_tokens(folder, r, None) for r in requests]  # it does matter
     assert "vlcache: on, prompts with an image keep 25%" in run.log
+    assert "vlcache: 2048 KV slots hold" in run.log
 
 
 def test_chunked_prefill_changes_nothing(checkpoint):
