@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import triton
 from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
@@ -278,7 +279,7 @@ class VLCacheAttnBackend(TritonAttnBackend):
         """Host bound of the batch's live lengths."""
         if forward_batch.rids is None or self.table.longest_live is None:  # a warm-up batch
             return self._max_context()
-        return self.table.longest_live
+        return triton.cdiv(self.table.longest_live, 16) * 16  # one variant of the kernels
 
 
 def _ranks(model_config: Any) -> Ranks:

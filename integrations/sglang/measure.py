@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 
 from vlcache_triton.backend import Backend
@@ -118,24 +118,19 @@ def plan_measurement(
     if not chunks:
         return None
     width = max(chunk.seen for chunk in chunks)
-    facts = to_device(
-        torch.tensor(
-            [
-                [chunk.prompt.req_pool_idx for chunk in chunks] + [0],
-                [chunk.seen for chunk in chunks] + [0],
-                [0, *accumulate(chunk.last - chunk.first for chunk in chunks)],
-                [i * width for i in range(len(chunks) + 1)],
-            ],
-            dtype=torch.int32,
-        ),
-        req_to_token.device,
-    )
+    count = len(chunks)
+    facts = torch.zeros(4, triton.cdiv(count + 1, 4) * 4, dtype=torch.int32)  # rows of 16 bytes
+    facts[0, :count] = torch.tensor([chunk.prompt.req_pool_idx for chunk in chunks])
+    facts[1, :count] = torch.tensor([chunk.seen for chunk in chunks])
+    facts[2, 1 : count + 1] = torch.tensor([c.last - c.first for c in chunks]).cumsum(0)
+    facts[3, : count + 1] = torch.arange(count + 1) * width
+    rows, seqused_k, cu_seqlens_q, cu_seqlens_k = to_device(facts, req_to_token.device)
     return Measurement(
         tuple(chunks),
-        cu_seqlens_q=facts[2],
-        cu_seqlens_k=facts[3],
-        seqused_k=facts[1, :-1],
-        block_table=req_to_token[facts[0, :-1], :width].contiguous(),
+        cu_seqlens_q=cu_seqlens_q[: count + 1],
+        cu_seqlens_k=cu_seqlens_k[: count + 1],
+        seqused_k=seqused_k[:count],
+        block_table=req_to_token[rows[:count], :width].contiguous(),
     )
 
 

@@ -1,4 +1,4 @@
-"""Who reads req_to_token, where packing leaves 0 for what it evicted: every file is accounted for."""
+"""Who reads req_to_token, where packing leaves 0 for what it evicted: each is accounted for."""
 
 import re
 from pathlib import Path
