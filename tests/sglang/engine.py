@@ -27,6 +27,7 @@ ENGINE = dict(
     dtype="float32",
     disable_cuda_graph=True,
     skip_server_warmup=True,
+    sleep_on_idle=True,  # else the scheduler takes a core from the client
     max_total_tokens=2048,
     max_running_requests=16,
     decode_log_interval=1,
