@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-import sglang.srt
+import sglang
 
 READS = re.compile(r"req_to_token\[")
 REFUSED = {  # folder: what is refused at start, which alone runs it
@@ -36,7 +36,7 @@ AUDITED = {
 
 
 def test_every_reader_of_req_to_token_is_accounted_for():
-    root = Path(sglang.srt.__file__).parent
+    root = Path(sglang.__file__).parent / "srt"
     readers = set()
     for path in root.rglob("*.py"):
         name = path.relative_to(root).as_posix()
