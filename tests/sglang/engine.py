@@ -58,21 +58,24 @@ class Run:
         return max(map(int, re.findall(r"Decode batch, #running-req: (\d+)", self.log)))
 
 
-def run_engine(folder: Path, steps: list[dict], environ: dict[str, str], **engine) -> Run:
+def run_engine(
+    folder: Path, steps: list[dict], environ: dict[str, str], seconds: int = 900, **engine
+) -> Run:
     """Run to the end; AssertionError with the log's end where the engine fails.
 
     Args:
         folder: with the checkpoint `model`; the spec and the results are written there.
         environ: VLCACHE_ variables and SGLang's own; strict memory checks are on.
+        seconds: until it is ended.
     """
-    done, log = start(folder, steps, environ, **engine)
+    done, log = start(folder, steps, environ, seconds, **engine)
     assert done.returncode == 0 and (folder / "out.json").exists(), log[-6000:]
     assert "Traceback" not in log, log[-6000:]
     return Run(json.loads((folder / "out.json").read_text()), log)
 
 
 def start(
-    folder: Path, steps: list[dict], environ: dict[str, str], **engine
+    folder: Path, steps: list[dict], environ: dict[str, str], seconds: int = 900, **engine
 ) -> tuple[subprocess.CompletedProcess, str]:
     """The finished process and its log, whatever became of it."""
     spec = {"engine": {**ENGINE, "model_path": str(folder / "model"), **engine}, "steps": steps}
@@ -91,7 +94,7 @@ def start(
     }
     command = [sys.executable, str(HERE / "drive.py"), folder / "in.json", folder / "out.json"]
     with (folder / "log").open("w") as log:
-        done = subprocess.run(command, env=env, stdout=log, stderr=log, timeout=900)
+        done = subprocess.run(command, env=env, stdout=log, stderr=log, timeout=seconds)
     return done, (folder / "log").read_text()
 
 

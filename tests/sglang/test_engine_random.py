@@ -44,6 +44,7 @@ def serve_random(folder, part: int, count: int) -> tuple[int, int]:
         folder,
         [*waves, {"flush": True}],
         {"VLCACHE_BUDGET": "0.25"},
+        seconds=900 + 30 * count,
         max_total_tokens=rng.randint(240, 420),
         chunked_prefill_size=rng.randint(37, 70),
         disable_radix_cache=part % 2 == 1,
