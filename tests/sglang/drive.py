@@ -61,8 +61,9 @@ async def take_step(engine: Any, number: int, step: dict) -> Any:
                 return True
             await asyncio.sleep(0.2)
         return False
+    # Of one length: SGLang aborts every request whose id begins with the one that is named.
     requests = enumerate(step["requests"])
-    return await asyncio.gather(*(serve(engine, f"{number}-{i}", r) for i, r in requests))
+    return await asyncio.gather(*(serve(engine, f"{number}-{i:04}", r) for i, r in requests))
 
 
 def main() -> None:
