@@ -12,6 +12,7 @@ from torch import Tensor
 from vlcache_triton.kernels.append import append_kv
 from vlcache_triton.kernels.compact import compact_kv, compact_kv_
 from vlcache_triton.kernels.decode import varlen_decode
+from vlcache_triton.kernels.remainder import store_means, sum_evicted
 from vlcache_triton.kernels.score import post_vision_stats
 from vlcache_triton.kernels.select import select_tokens
 
@@ -48,14 +49,20 @@ def main() -> None:
     pool_starts = starts_of([n + ROOM for n in kept])
     pools = [floats(sum(kept) + len(kept) * ROOM, 1, HEAD_SIZE) for _ in range(2)]
     compact_kv(k, v, starts, *selection, *pools, pool_starts, max_kept=max(kept))
+    sums = sum_evicted(k, v, starts, *selection, longest)
+    lengths = [n for n in LENGTHS for _ in range(NUM_KV_HEADS)]
+    counts = ints(*(n - m for n, m in zip(lengths, kept, strict=True)))
+    store_means(*sums, counts, *pools, pool_starts)
     used = ints(*kept)
     new = [floats(len(kept), 1, 1, HEAD_SIZE) for _ in range(2)]
     append_kv(*new, *pools, pool_starts, used)
     rows = floats(len(kept), NUM_HEADS // NUM_KV_HEADS, HEAD_SIZE)
     one = starts_of([1] * len(kept))
     for bound in (max(kept) + ROOM, 4096):  # in one piece, and split
-        out = varlen_decode(rows, *pools, one, pool_starts, 1, bound, causal=True, seqused_k=used)
-        assert out.isfinite().all()
+        for bias in (None, torch.ones(len(kept), device=DEVICE)):
+            options = dict(causal=True, seqused_k=used, first_key_bias=bias)
+            out = varlen_decode(rows, *pools, one, pool_starts, 1, bound, **options)
+            assert out.isfinite().all()
 
     pages = [-(-n // PAGE_SIZE) for n in LENGTHS]
     table = torch.zeros(num_seqs, max(pages), dtype=torch.int32, device=DEVICE)

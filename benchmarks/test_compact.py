@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlcache_triton import reference
 from vlcache_triton.kernels.compact import compact_kv, compact_kv_
+from vlcache_triton.kernels.remainder import store_means, sum_evicted
 from vlcache_triton.kernels.select import Selection, select_tokens
 
 NUM_LAYERS, NUM_KV_HEADS, HEAD_SIZE = (32, 8, 128) if HAS_GPU else (3, 2, 16)
@@ -100,6 +101,36 @@ def check_layer(x: Case, selection: Selection, layer: int, in_place: bool) -> No
     for start, rows in zip(starts[:-1].tolist(), actual, strict=True):
         for pool, row in zip(pools, rows, strict=True):
             assert torch.equal(pool[start : start + kept, 0], row)
+
+
+def summarise(x: Case, selection: Selection) -> None:
+    """A row for what every layer evicts: two launches each."""
+    for layer in range(NUM_LAYERS):
+        first, length = layer * NUM_KV_HEADS, len(x.k[layer])
+        cu_kept = selection.cu_kept[first : first + NUM_KV_HEADS + 1]
+        counts = torch.full_like(cu_kept[1:], length - x.kept[layer])
+        source = (x.k[layer], x.v[layer], x.starts, selection.indices, cu_kept, length)
+        store_means(*sum_evicted(*source), counts, x.pool_k, x.pool_v, x.pool_starts[layer])
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_remainder(measure, length):
+    x = case(length)
+    selection = select(x)
+    summarise(x, selection)
+    for layer in (0, NUM_LAYERS - 1):
+        rows = x.pool_starts[layer, :-1].long()
+        for head, row in enumerate(rows.tolist()):
+            first = int(selection.cu_kept[layer * NUM_KV_HEADS + head])
+            evicted = torch.ones(length, dtype=torch.bool, device=DEVICE)
+            evicted[selection.indices[first : first + x.kept[layer]].long()] = False
+            for source, pool in ((x.k[layer], x.pool_k), (x.v[layer], x.pool_v)):
+                mean = source[evicted, head].float().mean(0)
+                torch.testing.assert_close(pool[row, 0].float(), mean, rtol=1e-2, atol=1e-3)
+    evicted_rows = sum(length - n for n in x.kept) * NUM_KV_HEADS
+    nbytes = 2 * evicted_rows * HEAD_SIZE * DTYPE.itemsize  # K and V, read
+    run = functools.partial(summarise, x, selection)
+    measure([run], nbytes=nbytes, length=length, num_layers=NUM_LAYERS, peer="remainder")
 
 
 @pytest.mark.parametrize("step", ["compact", "compact_in_place", "select_and_compact"])

@@ -61,7 +61,7 @@ def compact_kv(
         ValueError: an argument that does not fit the others, by name.
         NotImplementedError: a dtype that is not fp16, bf16 or fp32.
     """
-    num_segments = _validate(k, v, cu_seqlens_k, indices, cu_kept, block_table)
+    num_segments = validate_selection(k, v, cu_seqlens_k, indices, cu_kept, block_table)
     expect_same_device(
         k=k,
         out_k=out_k,
@@ -89,7 +89,7 @@ def compact_kv(
     rows = tile_rows(widest, max(k.element_size(), v.element_size()))
     with torch.cuda.device_of(k):  # the model may lie on several devices
         _compact_kernel[(num_segments, triton.cdiv(max_kept, rows))](
-            **_source_arguments(k, v, cu_seqlens_k, indices, cu_kept, block_table),
+            **source_arguments(k, v, cu_seqlens_k, indices, cu_kept, block_table),
             out_k_ptr=out_k,
             out_v_ptr=out_v,
             cu_seqlens_out_ptr=cu_seqlens_out,
@@ -124,7 +124,7 @@ def compact_kv_(
     Cost: a program walks a whole segment, as a tile may only move when those before it have. So
     K and V and their columns, 64 bytes each, go to programs of their own.
     """
-    num_segments = _validate(k, v, cu_seqlens_k, indices, cu_kept, block_table)
+    num_segments = validate_selection(k, v, cu_seqlens_k, indices, cu_kept, block_table)
     if num_segments == 0 or max_kept <= 0:
         return
     columns_k, columns_v = (COLUMN_BYTES // x.element_size() for x in (k, v))
@@ -132,7 +132,7 @@ def compact_kv_(
     slices_v = triton.cdiv(v.shape[-1], columns_v)
     with torch.cuda.device_of(k):  # the model may lie on several devices
         _compact_in_place_kernel[(num_segments, slices_k + slices_v)](
-            **_source_arguments(k, v, cu_seqlens_k, indices, cu_kept, block_table),
+            **source_arguments(k, v, cu_seqlens_k, indices, cu_kept, block_table),
             COLUMNS_K=columns_k,
             COLUMNS_V=columns_v,
             ROWS=ROWS_IN_PLACE,
@@ -140,7 +140,8 @@ def compact_kv_(
         )
 
 
-def _source_arguments(k, v, cu_seqlens_k, indices, cu_kept, block_table) -> dict[str, object]:
+def source_arguments(k, v, cu_seqlens_k, indices, cu_kept, block_table) -> dict[str, object]:
+    """What every kernel that reads rows by a selection is launched with."""
     paged = block_table is not None
     return {
         "k_ptr": k,
@@ -163,8 +164,8 @@ def _source_arguments(k, v, cu_seqlens_k, indices, cu_kept, block_table) -> dict
     }
 
 
-def _validate(k, v, cu_seqlens_k, indices, cu_kept, block_table) -> int:
-    """The number of segments."""
+def validate_selection(k, v, cu_seqlens_k, indices, cu_kept, block_table) -> int:
+    """Refuse sources and a selection that do not fit each other; the number of segments."""
     expect_same_device(
         k=k,
         v=v,

@@ -110,6 +110,7 @@ def varlen_decode(
     softcap: float = 0.0,
     seqused_k: Tensor | None = None,
     block_table: Tensor | None = None,
+    first_key_bias: Tensor | None = None,
     return_softmax_lse: bool = False,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
@@ -132,6 +133,10 @@ def varlen_decode(
         softcap: logits become tanh(logits / softcap) * softcap where it is above 0.
         seqused_k: `[num_seqs]` int32, live keys of each sequence, on the device.
         block_table: `[num_seqs, max_blocks]` int32.
+        first_key_bias: `[num_seqs * num_kv_heads]` fp32, for each sequence, then KV head: added to
+            the scaled (and capped) logit of the sequence's first key. Where that key is the mean of
+            n others (`store_means`), log(n) gives it their weight; 0 makes it one key like others.
+            Not with a left bound, which the first key would fall out of.
         return_softmax_lse: also return the log-sum-exp, `[num_heads, total_q]` fp32, natural log.
         out: `[total_q, num_heads, d_v]`, written where given.
         workspace: what `decode_workspace` makes for these arguments, or a larger one; for the
@@ -147,6 +152,7 @@ def varlen_decode(
     _validate(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, window_size, seqused_k, block_table, out
     )
+    _validate_bias(first_key_bias, q, (cu_seqlens_q.numel() - 1) * k.shape[-2], window_size)
     total_q, num_heads, d = q.shape
     num_kv_heads, d_v = v.shape[-2:]
     num_seqs = cu_seqlens_q.numel() - 1
@@ -182,6 +188,7 @@ def varlen_decode(
             cu_seqlens_k_ptr=cu_seqlens_k,
             seqused_k_ptr=seqused_k,
             block_table_ptr=block_table,
+            first_key_bias_ptr=first_key_bias,
             out_ptr=out if is_direct else partial_out,
             lse_ptr=lse if is_direct else partial_lse,
             scale_log2=scale * log2_e * (2.0 / softcap if softcap > 0 else 1.0),
@@ -286,6 +293,18 @@ def _validate_workspace(workspace: Tensor, q: Tensor, needed: int) -> None:
     got = f"shape {tuple(workspace.shape)}, strides {workspace.stride()}"
     fits = workspace.dim() == 1 and workspace.is_contiguous() and workspace.numel() >= needed
     expect(fits, "workspace", got, f"one contiguous dimension of {needed} at least")
+
+
+def _validate_bias(bias: Tensor | None, q: Tensor, size: int, window_size) -> None:
+    if bias is None:
+        return
+    expect_same_device(q=q, first_key_bias=bias)
+    name, dtype = "first_key_bias", bias.dtype
+    expect(dtype == torch.float32, name, f"dtype {dtype}", "torch.float32")
+    expect(tuple(bias.shape) == (size,), name, f"shape {tuple(bias.shape)}", f"({size},)")
+    expect(bias.is_contiguous(), name, f"strides {bias.stride()}", "a contiguous tensor")
+    no_left_bound = window_size[0] < 0
+    expect(no_left_bound, "window_size", window_size, f"no left bound together with {name}")
 
 
 def _validate(

@@ -64,7 +64,7 @@ LENGTHS = ["cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_k_ptr"]
         "num_row_blocks",
         "split_size",
     ],
-    do_not_specialize_on_alignment=LENGTHS,
+    do_not_specialize_on_alignment=[*LENGTHS, "first_key_bias_ptr"],
 )
 def _split_kernel(
     q_ptr,  # [total_q, num_heads, d]
@@ -74,6 +74,7 @@ def _split_kernel(
     cu_seqlens_k_ptr,
     seqused_k_ptr,
     block_table_ptr,
+    first_key_bias_ptr,  # [num_seqs, num_kv_heads], natural log, or None
     out_ptr,  # DIRECT: [total_q, num_heads, d_v]; else fp32 [num_splits, num_rows, d_v]
     lse_ptr,  # DIRECT: [num_heads, total_q], natural log, or None; else log2 [num_splits, num_rows]
     scale_log2,  # softmax_scale * log2(e); with a softcap, softmax_scale * 2 * log2(e) / softcap
@@ -155,6 +156,8 @@ def _split_kernel(
 
         k_ptr += head * stride_k_head
         v_ptr += head * stride_v_head
+        if first_key_bias_ptr is not None:
+            bias = tl.load(first_key_bias_ptr + seq * num_kv_heads + head) * 1.4426950408889634
         row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
         acc = tl.zeros((BLOCK_M, D_V), tl.float32)
@@ -173,9 +176,14 @@ def _split_kernel(
                     HEAD_SIZE,
                     D,
                 )
-                logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+                logits = tl.dot(q, tl.trans(k), input_precision="ieee")
                 if SOFTCAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1), finite at both ends
-                    logits = softcap_log2 * (1.0 - 2.0 / (tl.exp2(logits) + 1.0))
+                    logits = 1.0 - 2.0 / (tl.exp2(logits * scale_log2) + 1.0)
+                if first_key_bias_ptr is not None:  # costs no instruction more but the select
+                    addend = tl.where(keys == 0, bias, 0.0)[None, :]
+                    logits = tl.fma(logits, softcap_log2 if SOFTCAP else scale_log2, addend)
+                else:
+                    logits = logits * (softcap_log2 if SOFTCAP else scale_log2)
                 if masked:
                     seen = (keys < n_k)[None, :]
                     if BOUND_RIGHT:

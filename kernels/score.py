@@ -39,8 +39,8 @@ class PostVisionStats(NamedTuple):
     """What the post-vision query rows say about the keys of one layer.
 
     scores: `[num_kv_heads, total_k]` fp32, ψ: the attention that each key receives from the
-        query rows, summed over rows and averaged over the query heads of its KV head. 0 for rows
-        that belong to no live key.
+        query rows, summed over rows and averaged over the query heads of its KV head, or otherwise
+        reduced. 0 for rows that belong to no live key.
     retained: `[num_seqs, num_heads]` int64, the entries that pass the ThresholdFilter.
     visible: `[num_seqs]` int64, the causally visible entries of one head; sparsity (eq. 2) is
         γ' = 1 - retained / visible.
@@ -144,6 +144,9 @@ def post_vision_stats(
     threshold: float = 0.01,
     seqused_k: Tensor | None = None,
     block_table: Tensor | None = None,
+    row_weights: Tensor | None = None,
+    row_reduction: str = "sum",
+    group_reduction: str = "mean",
 ) -> PostVisionStats:
     """Sparsity counts (eq. 1 and 2) and token scores ψ of one layer.
 
@@ -164,12 +167,16 @@ def post_vision_stats(
         threshold: p of eq. 1, above 0 and at most 1.
         seqused_k: `[num_seqs]` int32, live keys of each sequence; default all.
         block_table: `[num_seqs, max_blocks]` int32, the pages of each sequence in order.
+        row_weights: `[total_q]` fp32, at least 0: what each row's attention counts in the scores.
+        row_reduction: "sum" or "max", of a key's attention over the rows of a query head.
+        group_reduction: "mean" or "max", of that over the query heads of a KV head.
 
     Raises:
         ValueError: an argument that does not fit the others, by name.
         NotImplementedError: a dtype that is not fp16, bf16 or fp32, or a head size above 256.
     """
     _validate(q, k, cu_seqlens_q, cu_seqlens_k, softmax_scale, threshold, seqused_k, block_table)
+    _validate_reductions(q, row_weights, row_reduction, group_reduction)
     total_q, num_heads, d = q.shape
     num_kv_heads = k.shape[-2]
     group = num_heads // num_kv_heads
@@ -250,11 +257,26 @@ def post_vision_stats(
         _column_kernel[(triton.cdiv(max_seqlen_k, columns.BLOCK_N), num_kv_heads, num_seqs)](
             **shared,
             row_stats_ptr=row_stats,
+            row_weights_ptr=row_weights,
             scores_ptr=scores,
             total_k=total_k,
+            ROW_MAX=row_reduction == "max",
+            GROUP_MAX=group_reduction == "max",
             **columns._asdict(),
         )
     return PostVisionStats(scores, retained, visible)
+
+
+def _validate_reductions(q, row_weights, row_reduction, group_reduction):
+    expect(row_reduction in ("sum", "max"), "row_reduction", repr(row_reduction), "sum or max")
+    known = group_reduction in ("mean", "max")
+    expect(known, "group_reduction", repr(group_reduction), "mean or max")
+    if row_weights is not None:
+        expect_same_device(q=q, row_weights=row_weights)
+        name, dtype, shape = "row_weights", row_weights.dtype, tuple(row_weights.shape)
+        expect(dtype == torch.float32, name, f"dtype {dtype}", "torch.float32")
+        expect(shape == (q.shape[0],), name, f"shape {shape}", f"({q.shape[0]},)")
+        expect(row_weights.is_contiguous(), name, f"strides {row_weights.stride()}", "contiguous")
 
 
 def _validate(q, k, cu_seqlens_q, cu_seqlens_k, softmax_scale, threshold, seqused_k, block_table):

@@ -212,6 +212,7 @@ def _column_kernel(
     block_table_ptr,
     retained_ptr,  # [num_seqs, num_heads]
     row_stats_ptr,  # [2, num_rows]
+    row_weights_ptr,  # [total_q], or None
     scores_ptr,  # [num_kv_heads, total_k]
     scale_log2,
     total_q,
@@ -227,6 +228,8 @@ def _column_kernel(
     D: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr,  # a power of two, so that a column of the tile is always one head
+    ROW_MAX: tl.constexpr,
+    GROUP_MAX: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SMALL_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -264,7 +267,9 @@ def _column_kernel(
         q_ptr += head * GROUP * stride_q_head
         bounds = row_stats_ptr + (head * total_q + start_q) * GROUP_PADDED
         lses = bounds + tl.num_programs(1).to(tl.int64) * total_q * GROUP_PADDED
-        column = tl.zeros((BLOCK_N,), tl.float32)
+        # Attention over rows: of all heads of the group together where only sums are asked for.
+        BY_HEAD: tl.constexpr = ROW_MAX or GROUP_MAX
+        column = tl.zeros((BLOCK_N, GROUP_PADDED) if BY_HEAD else (BLOCK_N,), tl.float32)
         counts = tl.zeros((BLOCK_N, GROUP_PADDED), tl.int32)
         for masked in tl.static_range(2):
             rows = tl.arange(0, SMALL_M if masked else BLOCK_M)
@@ -292,13 +297,31 @@ def _column_kernel(
                 if masked:
                     last_key = n_k - n_q + token + tokens
                     logits = tl.where(keys[:, None] <= last_key[None, :], logits, -float("inf"))
-                column += tl.sum(tl.exp2(tl.fma(logits, scale_log2, -lse[None, :])), 1)
+                attention = tl.exp2(tl.fma(logits, scale_log2, -lse[None, :]))
+                if row_weights_ptr is not None:
+                    weights = tl.load(
+                        row_weights_ptr + start_q + token + tokens, mask=live, other=0.0
+                    )
+                    attention = attention * weights[None, :]
+                if BY_HEAD:  # none is below 0, so that 0 is where a maximum may start
+                    attention = attention.reshape(
+                        BLOCK_N, rows.shape[0] // GROUP_PADDED, GROUP_PADDED
+                    )
+                    if ROW_MAX:
+                        column = tl.maximum(column, tl.max(attention, 1))
+                    else:
+                        column += tl.sum(attention, 1)
+                else:
+                    column += tl.sum(attention, 1)
                 passes = (logits >= bound[None, :]).to(tl.int32)
                 passes = passes.reshape(BLOCK_N, rows.shape[0] // GROUP_PADDED, GROUP_PADDED)
                 counts += tl.sum(passes, 1)
 
-        score = scores_ptr + head * total_k + start_k + keys
-        tl.store(score, column / GROUP, mask=keys < n_k)
+        if GROUP_MAX:
+            column = tl.max(column, 1)
+        else:
+            column = (tl.sum(column, 1) if BY_HEAD else column) / GROUP
+        tl.store(scores_ptr + head * total_k + start_k + keys, column, mask=keys < n_k)
         heads = tl.arange(0, GROUP_PADDED)
         # Integers add up to the same whatever the order.
         tl.atomic_add(

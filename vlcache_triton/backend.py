@@ -17,6 +17,8 @@ class Backend(NamedTuple):
     post_vision_stats: Callable
     select_tokens: Callable
     compact_kv: Callable
+    sum_evicted: Callable
+    store_means: Callable
     varlen_decode: Callable
     append_kv: Callable
 
@@ -46,7 +48,17 @@ def get_backend(name: BackendName, device: torch.device) -> Backend:
         )
     from .kernels.compact import compact_kv
     from .kernels.decode import append_kv, varlen_decode
+    from .kernels.remainder import store_means, sum_evicted
     from .kernels.score import post_vision_stats
     from .kernels.select import select_tokens
 
-    return Backend("triton", post_vision_stats, select_tokens, compact_kv, varlen_decode, append_kv)
+    return Backend(
+        "triton",
+        post_vision_stats,
+        select_tokens,
+        compact_kv,
+        sum_evicted,
+        store_means,
+        varlen_decode,
+        append_kv,
+    )

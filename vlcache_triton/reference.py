@@ -18,8 +18,8 @@ class PostVisionStats(NamedTuple):
     """What the post-vision query rows say about the keys of one layer.
 
     scores: `[num_kv_heads, total_k]` fp32, ψ: the attention that each key receives from the
-        query rows, summed over rows and averaged over the query heads of its KV head. 0 for rows
-        that belong to no live key.
+        query rows, summed over rows and averaged over the query heads of its KV head, or otherwise
+        reduced. 0 for rows that belong to no live key.
     retained: `[num_seqs, num_heads]` int64, the entries that pass the ThresholdFilter.
     visible: `[num_seqs]` int64, the causally visible entries of one head; sparsity (eq. 2) is
         γ' = 1 - retained / visible.
@@ -55,6 +55,9 @@ def post_vision_stats(
     threshold: float = 0.01,
     seqused_k: Tensor | None = None,
     block_table: Tensor | None = None,
+    row_weights: Tensor | None = None,
+    row_reduction: str = "sum",
+    group_reduction: str = "mean",
 ) -> PostVisionStats:
     """Sparsity counts (eq. 1 and 2) and token scores ψ (recipe step 4) of one layer.
 
@@ -73,6 +76,9 @@ def post_vision_stats(
         threshold: p of eq. 1.
         seqused_k: `[num_seqs]` int32, live keys of each sequence; default all.
         block_table: `[num_seqs, max_blocks]` int32, the pages of each sequence in order.
+        row_weights: `[total_q]` fp32, at least 0: what each row's attention counts in the scores.
+        row_reduction: "sum" or "max", of a key's attention over the rows of a query head.
+        group_reduction: "mean" or "max", of that over the query heads of a KV head.
 
     Cost: O(total_q * total_k) time in two passes over k; no total_q x total_k matrix in memory
     in the Triton twin.
@@ -97,7 +103,11 @@ def post_vision_stats(
         row_max = logits.amax(-1, keepdim=True)
         passes = mask & (logits - row_max >= math.log(threshold))
         attention = logits.softmax(-1).masked_fill(~mask, 0.0)  # rows that see no key: 0, not NaN
-        column = attention.sum(1).view(num_kv_heads, -1, length_k).mean(1)
+        if row_weights is not None:
+            attention = attention * row_weights[starts_q[i] : starts_q[i + 1], None]
+        column = attention.sum(1) if row_reduction == "sum" else attention.amax(1)
+        column = column.view(num_kv_heads, -1, length_k)
+        column = column.mean(1) if group_reduction == "mean" else column.amax(1)
         scores[:, starts_k[i] : starts_k[i] + length_k] = column
         retained[i] = passes.sum((1, 2))
         visible[i] = mask.sum()
@@ -226,6 +236,77 @@ def compact_kv_(
         flat_v[target, h] = flat_v[source, h]
 
 
+def sum_evicted(
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_k: Tensor,
+    indices: Tensor,
+    cu_kept: Tensor,
+    max_seqlen_k: int,
+    *,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Add up the live rows of one layer's K and V that are not kept, before anything moves.
+
+    Args:
+        k, v: `[total_k, num_kv_heads, d]`, or pages `[num_blocks, page_size, num_kv_heads, d]`.
+            The head sizes of k and v may differ.
+        cu_seqlens_k: `[num_seqs + 1]` int32. Starts alone are used with seqused_k; lengths alone
+            with pages, and nothing with both.
+        indices, cu_kept: this layer's part of a Selection, ascending in each segment: cu_kept is
+            `[num_seqs * num_kv_heads + 1]` and may start above 0.
+        max_seqlen_k: host upper bound of the live lengths.
+        seqused_k: `[num_seqs]` int32, live rows of each sequence; default all.
+        block_table: `[num_seqs, max_blocks]` int32.
+
+    Returns:
+        Sums of k and v, `[num_segments, n, d]` and `[num_segments, n, d_v]` fp32, which still have
+        to be added up along n (1 here).
+    """
+    num_kv_heads = k.shape[-2]
+    bounds = cu_kept.tolist()
+    num_segments = len(bounds) - 1
+    lengths = cu_seqlens_k.diff() if seqused_k is None else seqused_k
+    sums = [x.new_zeros(num_segments, 1, x.shape[-1], dtype=torch.float32) for x in (k, v)]
+    for s in range(num_segments):
+        i, h = divmod(s, num_kv_heads)
+        evicted = torch.ones(int(lengths[i]), dtype=torch.bool, device=k.device)
+        evicted[indices[bounds[s] : bounds[s + 1]].long()] = False
+        rows = _rows(evicted.nonzero()[:, 0], i, cu_seqlens_k, block_table, k)
+        for x, total in zip((k, v), sums, strict=True):
+            total[s] = x.reshape(-1, *x.shape[-2:])[rows, h].float().sum(0)
+    return sums[0], sums[1]
+
+
+def store_means(
+    sum_k: Tensor,
+    sum_v: Tensor,
+    counts: Tensor,
+    out_k: Tensor,
+    out_v: Tensor,
+    cu_seqlens_out: Tensor,
+    *,
+    out_block_table: Tensor | None = None,
+) -> None:
+    """Write the mean of what was evicted as the first row of each segment of a ragged pool.
+
+    A segment whose count is 0 evicted nothing, and is left as it is.
+
+    Args:
+        sum_k, sum_v: `[num_segments, n, d]` (`d_v` for v) fp32, as `sum_evicted` gives them.
+        counts: `[num_segments]` int32, how many rows were added up.
+        out_k, out_v: `[capacity, 1, d]`, or pages `[num_blocks, page_size, 1, d]`.
+        cu_seqlens_out: `[num_segments + 1]` int32, whose starts alone are used; unused for pages.
+        out_block_table: `[num_segments, max_blocks]` int32, pages of the pool.
+    """
+    segments = counts.nonzero()[:, 0]
+    row = _rows(torch.zeros_like(segments), segments, cu_seqlens_out, out_block_table, out_k)
+    for sums, out in ((sum_k, out_k), (sum_v, out_v)):
+        mean = sums[segments].sum(1) / counts[segments, None]
+        out.view(-1, out.shape[-1])[row] = mean.to(out.dtype)
+
+
 def varlen_decode(
     q: Tensor,
     k: Tensor,
@@ -241,6 +322,7 @@ def varlen_decode(
     softcap: float = 0.0,
     seqused_k: Tensor | None = None,
     block_table: Tensor | None = None,
+    first_key_bias: Tensor | None = None,
     return_softmax_lse: bool = False,
     out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -260,6 +342,10 @@ def varlen_decode(
         softcap: logits become tanh(logits / softcap) * softcap where it is above 0.
         seqused_k: `[num_seqs]` int32, live keys of each sequence, on the device.
         block_table: `[num_seqs, max_blocks]` int32.
+        first_key_bias: `[num_seqs * num_kv_heads]` fp32, for each sequence, then KV head: added to
+            the scaled (and capped) logit of the sequence's first key. Where that key is the mean of
+            n others (`store_means`), log(n) gives it their weight; 0 makes it one key like others.
+            Not with a left bound, which the first key would fall out of.
         return_softmax_lse: also return the log-sum-exp, `[num_heads, total_q]` fp32, natural log.
         out: `[total_q, num_heads, d_v]`, written where given.
 
@@ -293,6 +379,12 @@ def varlen_decode(
     logits = torch.einsum("qhgd,qkhd->qhgk", grouped, flat_k[source].float()[row_seq]) * scale
     if softcap > 0:
         logits = torch.tanh(logits / softcap) * softcap
+    if first_key_bias is not None:
+        if left >= 0:
+            raise ValueError(
+                f"window_size: got {window_size}, expected no left bound with first_key_bias"
+            )
+        logits[..., :1] += first_key_bias.view(num_seqs, num_kv_heads, 1, 1)[row_seq]
     logits = logits.masked_fill(~mask[:, None, None], -math.inf)
     weights = logits.softmax(-1).masked_fill(~mask[:, None, None], 0.0)
     # A masked column may hold anything, NaN included: 0 * NaN would not be 0.

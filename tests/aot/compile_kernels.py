@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from vlcache_triton.kernels import append, compact, decode, score, select
+from vlcache_triton.kernels import append, compact, decode, remainder, score, select
 
 TARGETS = (80, 90, 100)
 H100_MULTIPROCESSORS = 132
@@ -145,9 +145,12 @@ def call_host_functions(case: Case) -> None:
     k, v, pages = cache_of(num_seqs, NUM_KV_HEADS)
     starts = ints(num_seqs + 1)
     used = {"seqused_k": ints(num_seqs)} if case.paged else {}
-    for rows in (50, 1):  # blocks of 128 and of 64 query rows
+    maxima = dict(row_reduction="max", group_reduction="max")
+    for rows, options in ((50, {}), (1, {}), (1, maxima)):  # blocks of 128 and of 64 query rows
         q = floats(num_seqs * rows, NUM_HEADS, d)
-        score.post_vision_stats(q, k, starts, starts, rows, length, **used, **pages)
+        if options:
+            options = options | dict(row_weights=torch.empty(len(q), device="meta"))
+        score.post_vision_stats(q, k, starts, starts, rows, length, **used, **pages, **options)
 
     kept = (ints(num_segments * 800), ints(num_segments + 1))
     pool_k, pool_v, pool_pages = cache_of(num_segments, 1)
@@ -166,18 +169,31 @@ def call_host_functions(case: Case) -> None:
     )
     compact.compact_kv_(k, v, starts, *kept, max_kept=800, **pages)
 
+    sums = remainder.sum_evicted(k, v, starts, *kept, length, **used, **pages)
+    segment_starts = ints(num_segments + 1)
+    remainder.store_means(*sums, ints(num_segments), pool_k, pool_v, segment_starts, **out_pages)
+
     starts, used = ints(num_segments + 1), ints(num_segments)
     for num_rows in (1, 32):
         row = floats(num_segments, num_rows, 1, d)
         append.append_kv(row, row, pool_k, pool_v, starts, used, **pool_pages)
-    # Split and direct; and the largest blocks of rows, with the left bound of a window.
-    for longest, rows, window in ((length, 1, -1), (1, 1, -1), (length, 16, 1024)):
+    bias = torch.empty(num_segments, device="meta")
+    # Split and direct, both with and without a bias; and the largest blocks of rows, with the left
+    # bound of a window.
+    for longest, rows, window, first_key_bias in (
+        (length, 1, -1, None),
+        (length, 1, -1, bias),
+        (1, 1, -1, None),
+        (1, 1, -1, bias),
+        (length, 16, 1024, None),
+    ):
         q = floats(num_segments * rows, group, d)
         decode.varlen_decode(
             *(q, pool_k, pool_v, starts, starts, rows, longest),
             causal=True,
             window_size=(window, -1),
             seqused_k=used,
+            first_key_bias=first_key_bias,
             **pool_pages,
         )
     if not case.paged:  # neither knows of dtypes or pages
@@ -236,6 +252,10 @@ def compile_launch(index: int, target: int) -> Compiled:
         for k, v in launch.arguments.items()
         if k in OPTIONS or k.startswith("BLOCK") or k in ("SMALL_M", "ROWS", "DIRECT", "BOUND_LEFT")
     }
+    if launch.arguments.get("first_key_bias_ptr") is not None:
+        blocks["bias"] = True
+    if launch.arguments.get("ROW_MAX"):
+        blocks["maxima, weights"] = True
     return Compiled(
         kernel=launch.name,
         case=launch.case,

@@ -169,15 +169,20 @@ def plain_attention(
     causal: bool = True,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
+    first_key_bias: Tensor | None = None,
 ) -> Tensor:
     """`[total_q, num_heads, d_v]` by plain torch in the dtype of the inputs."""
     scale = batch.q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     parts = [batch.q.new_empty(0, batch.q.shape[1], batch.v.shape[-1])]  # of no sequences
-    for q, k, v in sequences(batch):
+    for i, (q, k, v) in enumerate(sequences(batch)):
         hidden = ~visible_keys(q.shape[1], k.shape[1], causal, window_size, q.device)
         logits = q @ k.mT * scale
         if softcap > 0:
             logits = torch.tanh(logits / softcap) * softcap
+        if first_key_bias is not None:
+            num_kv_heads = batch.k.shape[-2]
+            bias = first_key_bias[i * num_kv_heads : (i + 1) * num_kv_heads].to(logits.dtype)
+            logits[:, :, :1] += bias.repeat_interleave(len(q) // num_kv_heads)[:, None, None]
         weights = logits.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0.0)
         parts.append((weights @ v).transpose(0, 1))
     return torch.cat(parts)

@@ -111,6 +111,32 @@ def test_equals_reference(device: torch.device, shapes: dict[str, Any]) -> None:
     assert_decode_accurate(run_decode(varlen_decode, batch), batch)
 
 
+BIASED = (
+    "one row, one key",
+    "odd lengths",
+    "2000 keys on pages",
+    "16 rows of 7 heads",
+    "rows of all lengths",
+    "empty sequences",
+    "no keys",
+    "no sequences",
+    "live keys",
+    "ragged",
+    "ragged pages, 3 rows",
+    "head size 256, fp32",
+)
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_equals_reference_with_a_bias_of_the_first_key(device: torch.device, name: str) -> None:
+    batch = random_varlen(**CASES[name], device=device)
+    num_segments = len(CASES[name]["lengths_q"]) * batch.k.shape[-2]
+    bias = torch.tensor([6.0, -2.0, 0.0, 3.5, 9.0] * 3, device=device)[:num_segments]
+    for options in ({}, dict(causal=False, softcap=2.0), dict(causal=False, window_size=(-1, 5))):
+        options |= dict(first_key_bias=bias)
+        assert_decode_accurate(run_decode(varlen_decode, batch, **options), batch, **options)
+
+
 def launch_of(shapes: dict[str, Any]) -> DecodeLaunch:
     """The launch of a case in the interpreter."""
     x = random_varlen(**shapes)

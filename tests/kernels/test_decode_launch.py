@@ -225,6 +225,12 @@ BAD: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "cu_seqlens_k: got strides": (ValueError, dict(cu_seqlens_k=torch.zeros(4).int()[::2])),
     "max_seqlen_q": (NotImplementedError, dict(max_seqlen_q=MAX_SEQLEN_Q + 1)),
     "window_size": (ValueError, dict(window_size=(1, 2, 3))),
+    "first_key_bias: got dtype": (ValueError, dict(first_key_bias=torch.zeros(2).half())),
+    "first_key_bias: got shape": (ValueError, dict(first_key_bias=torch.zeros(3))),
+    "window_size: got .9, -1., expected no left bound": (
+        ValueError,
+        dict(first_key_bias=torch.zeros(2), window_size=(9, -1)),
+    ),
     "seqused_k: got shape": (ValueError, dict(seqused_k=torch.tensor([1, 2]).int())),
     "seqused_k: got dtype": (ValueError, dict(seqused_k=torch.tensor([1]))),
     "block_table: got shape": (ValueError, dict(block_table=torch.zeros(2, 9).int(), paged=True)),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -26,6 +28,59 @@ from vlcache_triton.kernels import decode
 from vlcache_triton.kernels.decode import append_kv, varlen_decode
 
 pytestmark = MEANT_INFINITIES
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("n", [1, 7, 300])
+def test_a_first_key_of_bias_log_n_is_n_keys(device: torch.device, n: int, rows: int) -> None:
+    """In one piece and in splits, of which only the first has the bias."""
+    few = random_varlen(
+        [rows, rows], [63, 1500], num_kv_heads=1, dtype=torch.float32, device=device
+    )
+    starts = few.cu_seqlens_k.tolist()
+    many = {}
+    for name in ("k", "v"):
+        x = getattr(few, name)
+        parts = [
+            torch.cat([x[a : a + 1].expand(n - 1, -1, -1), x[a:b]]) for a, b in pairwise(starts)
+        ]
+        many[name] = torch.cat(parts)
+    lengths = [63 + n - 1, 1500 + n - 1]
+    copied = replace(
+        few, **many, cu_seqlens_k=cumulative(lengths, device), max_seqlen_k=max(lengths)
+    )
+    bias = torch.full((2,), math.log(n), device=device)
+    out = run_decode(varlen_decode, few, first_key_bias=bias)
+    for x, expected in zip(out, run_decode(varlen_decode, copied), strict=True):
+        torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_first_key_of_bias_minus_infinity_is_not_there(device: torch.device) -> None:
+    """Where it is the only key, nothing is seen: 0, and not NaN."""
+    shapes: dict[str, Any] = dict(num_kv_heads=1, num_heads=2, dtype=torch.float32, device=device)
+    batch = random_varlen([1, 1, 1], [64, 1, 900], **shapes)
+    hidden = torch.full((3,), -torch.inf, device=device)
+    out, lse = run_decode(varlen_decode, batch, first_key_bias=hidden)
+    keep = torch.ones(965, dtype=torch.bool)
+    keep[[0, 64, 65]] = False
+    without = replace(
+        batch,
+        k=batch.k[keep.to(device)],
+        v=batch.v[keep.to(device)],
+        cu_seqlens_k=cumulative([63, 0, 899], device),
+    )
+    expected, expected_lse = run_decode(varlen_decode, without)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-6)
+    assert not out[1].any() and (lse[:, 1] == -torch.inf).all()
+
+
+def test_a_bias_of_0_changes_nothing(device: torch.device) -> None:
+    batch = random_varlen([2, 5], [300, 63], device=device)
+    bias = torch.zeros(4, device=device)
+    biased = run_decode(varlen_decode, batch, first_key_bias=bias)
+    for x, expected in zip(biased, run_decode(varlen_decode, batch), strict=True):
+        torch.testing.assert_close(x, expected)
 
 
 def test_pages_change_nothing(device: torch.device) -> None:

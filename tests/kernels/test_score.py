@@ -30,7 +30,15 @@ def run(function: Any, batch: Varlen, **options: Any) -> PostVisionStats:
     )
 
 
-def plain_scores(packed: Varlen, lengths_q: list[int], live: list[int]) -> torch.Tensor:
+def plain_scores(
+    packed: Varlen,
+    lengths_q: list[int],
+    live: list[int],
+    *,
+    row_weights: torch.Tensor | None = None,
+    row_reduction: str = "sum",
+    group_reduction: str = "mean",
+) -> torch.Tensor:
     """The scores by plain torch in the dtype of the inputs."""
     num_heads, d = packed.q.shape[1:]
     total_k, num_kv_heads, _ = packed.k.shape
@@ -38,6 +46,8 @@ def plain_scores(packed: Varlen, lengths_q: list[int], live: list[int]) -> torch
     scores = torch.zeros(num_kv_heads, total_k, device=packed.k.device)
     starts_q, starts_k = packed.cu_seqlens_q.tolist(), packed.cu_seqlens_k.tolist()
     for i, (n_q, n_k) in enumerate(zip(lengths_q, live, strict=True)):
+        if n_q == 0:
+            continue
         q = packed.q[starts_q[i] : starts_q[i] + n_q].transpose(0, 1)
         k = packed.k[starts_k[i] : starts_k[i] + n_k]
         k = k.repeat_interleave(group, 1).permute(1, 2, 0)
@@ -45,7 +55,12 @@ def plain_scores(packed: Varlen, lengths_q: list[int], live: list[int]) -> torch
         hidden = torch.arange(n_k, device=q.device) > rows
         logits = (q @ k * d**-0.5).masked_fill(hidden, -torch.inf)
         attention = logits.softmax(-1).masked_fill(hidden, 0.0)
-        column = attention.sum(1).view(num_kv_heads, group, n_k).mean(1)
+        if row_weights is not None:
+            weights = row_weights[starts_q[i] : starts_q[i] + n_q, None]
+            attention = attention * weights.to(attention.dtype)
+        column = attention.sum(1) if row_reduction == "sum" else attention.amax(1)
+        column = column.view(num_kv_heads, group, n_k)
+        column = column.mean(1) if group_reduction == "mean" else column.amax(1)
         scores[:, starts_k[i] : starts_k[i] + n_k] = column.float()
     return scores
 
@@ -95,6 +110,60 @@ def test_equals_reference(device: torch.device, case: dict[str, Any]) -> None:
     assert_accurate(actual.scores, plain, expected.scores)
     assert torch.equal(actual.visible, expected.visible)
     assert_counts(actual.retained, batch)
+
+
+REDUCED = (
+    "more than one row block",
+    "more rows than keys",
+    "empty sequences",
+    "pages of 7, live",
+    "group 7",
+    "group 3, fp32",
+)
+
+
+@pytest.mark.parametrize(
+    ("row_reduction", "group_reduction", "weighted"),
+    [("max", "max", False), ("max", "mean", True), ("sum", "max", True), ("sum", "mean", True)],
+)
+@pytest.mark.parametrize("name", REDUCED)
+def test_reductions_and_weights(
+    device, name: str, row_reduction: str, group_reduction: str, weighted: bool
+) -> None:
+    """The counts of sparsity know nothing of them."""
+    case = CASES[name]
+    batch = random_varlen(**case, device=device)
+    packed = random_varlen(**{**case, "page_size": None}, device=device)
+    options: dict[str, Any] = dict(row_reduction=row_reduction, group_reduction=group_reduction)
+    if weighted:
+        weights = torch.rand(len(batch.q), generator=torch.Generator().manual_seed(2))
+        options["row_weights"] = (weights * 3).round().to(device)  # some are 0
+    actual = run(post_vision_stats, batch, **options)
+    expected = run(reference.post_vision_stats, batch, **options)
+    plain = torch.zeros_like(expected.scores)
+    plain[:, : packed.k.shape[0]] = plain_scores(
+        packed, case["lengths_q"], case.get("used", case["lengths_k"]), **options
+    )
+    assert_accurate(actual.scores, plain, expected.scores)
+    assert_identical(actual[1:], run(post_vision_stats, batch)[1:])
+
+
+def test_weights_of_1_change_nothing(device: torch.device) -> None:
+    batch = random_varlen([9, 4], [90, 63], device=device)
+    ones = torch.ones(13, device=device)
+    assert_identical(run(post_vision_stats, batch, row_weights=ones), run(post_vision_stats, batch))
+
+
+def test_rows_of_weight_0_are_not_there(device: torch.device) -> None:
+    """The sparsity counts them all the same."""
+    batch = random_varlen([9], [90], dtype=FLOAT, device=device)
+    weights = torch.tensor([0.0] * 5 + [1.0] * 4, device=device)
+    last = random_varlen([4], [90], dtype=FLOAT, device=device)
+    last.q, last.k = batch.q[5:].clone(), batch.k
+    for reduction in ("sum", "max"):
+        scores = run(post_vision_stats, batch, row_weights=weights, row_reduction=reduction).scores
+        expected = run(post_vision_stats, last, row_reduction=reduction).scores
+        torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("threshold", [0.01, 0.3, 1.0])
@@ -250,6 +319,10 @@ BAD = {
     "block_table": (ValueError, dict(block_table=torch.zeros(2, 9).int(), paged=True)),
     "softmax_scale": (ValueError, dict(softmax_scale=0.0)),
     "threshold": (ValueError, dict(threshold=0.0)),
+    "row_reduction": (ValueError, dict(row_reduction="mean")),
+    "group_reduction": (ValueError, dict(group_reduction="sum")),
+    "row_weights: got dtype": (ValueError, dict(row_weights=torch.ones(2).double())),
+    "row_weights: got shape": (ValueError, dict(row_weights=torch.ones(9))),
 }
 
 
