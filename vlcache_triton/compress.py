@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from .backend import Backend
@@ -73,12 +74,10 @@ class PromptCompressor:
             plan = whole_plan(self.prompt, self.num_layers, num_kv_heads, device)
         self._stats = []
         ragged = self._allocate(plan, head_room, *self._rows[0], allocate)
-        starts = self.prompt.starts(device)
+        starts, lengths = self.prompt.starts(device), self.prompt.seqused(device)
         for layer in range(self.num_layers):
             k, v = self._rows.pop(0)
-            max_kept = int(plan.head_keep[layer].max())
-            cu_kept = plan.layer_cu_kept(layer)
-            ragged.compact_layer(layer, k, v, starts, plan.indices, cu_kept, max_kept)
+            move_layer(plan, ragged, layer, k, v, starts, lengths)
         return plan, ragged
 
     def _count(self, k: Tensor, v: Tensor) -> None:
@@ -88,6 +87,10 @@ class PromptCompressor:
     def measure(self, k: Tensor, q: Tensor, softmax_scale: float) -> PostVisionStats:
         """The statistics of a layer's query rows; arguments as for `add`."""
         cu_seqlens_q, cu_seqlens_k = self.prompt.cu_seqlens(k.device)
+        row_weights = None
+        if self.policy.row_weights is not None:
+            weights = [self.policy.row_weights(n) for n in self.prompt.query_rows]
+            row_weights = torch.cat(weights).to(k.device, torch.float32)
         return self.backend.post_vision_stats(
             self.prompt.pack_query_rows(q),
             k,
@@ -97,6 +100,9 @@ class PromptCompressor:
             self.prompt.padded_length,
             softmax_scale=softmax_scale,
             threshold=self.config.threshold,
+            row_weights=row_weights,
+            row_reduction=self.config.row_reduction,
+            group_reduction=self.config.group_reduction,
         )
 
     def _allocate(
@@ -118,6 +124,32 @@ class PromptCompressor:
             k_like,
             v_like,
             self.backend,
+            self.config.remainder != "none",
         )
         ragged.lay_out(plan, head_room)
         return ragged
+
+
+def move_layer(
+    plan: CompressionPlan,
+    ragged: RaggedCache,
+    layer: int,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+) -> None:
+    """What a layer keeps of dense k and v `[rows, num_kv_heads, d]`, into its segments.
+
+    Args:
+        starts, lengths: `[num_seqs + 1]` and `[num_seqs]` int32, where the prompts' rows lie.
+    """
+    indices, cu_kept = plan.indices, plan.layer_cu_kept(layer)
+    if plan.evicted is not None:
+        longest = plan.prompt.padded_length
+        sums = ragged.backend.sum_evicted(
+            k, v, starts, indices, cu_kept, longest, seqused_k=lengths
+        )
+        ragged.store_means(layer, *sums)
+    max_kept = int(plan.head_keep[layer].max())
+    ragged.compact_layer(layer, k, v, starts, indices, cu_kept, max_kept)

@@ -26,11 +26,14 @@ class CompressionPlan:
     prompt: the batch it was made for.
     sparsity: `[num_layers, num_seqs]` fp64 on the host, γ' (eq. 2), the mean over query heads;
         NaN for a sequence that is left whole.
-    head_keep: `[num_layers, num_seqs, num_kv_heads]` int64 on the host, tokens that each KV head
-        keeps; the same number for the heads of a layer, where the policy does not say otherwise.
-    indices: `[total_kept]` int32, the kept positions, packed by layer, sequence and KV head;
+    head_keep: `[num_layers, num_seqs, num_kv_heads]` int64 on the host, rows that each KV head
+        keeps: tokens, and the row for the evicted ones where there is one. The same number for the
+        heads of a layer, where the policy does not say otherwise.
+    indices: `[total_tokens]` int32, the kept positions, packed by layer, sequence and KV head;
         relative to a sequence's first real token, ascending.
     cu_kept: `[num_layers * num_seqs * num_kv_heads + 1]` int32, where they start.
+    evicted: `[num_layers, num_seqs, num_kv_heads]` int64 on the host, how many tokens a row of each
+        KV head stands for; 0 where it has none, and None where none has.
     """
 
     prompt: Prompt
@@ -38,6 +41,7 @@ class CompressionPlan:
     head_keep: Tensor
     indices: Tensor
     cu_kept: Tensor
+    evicted: Tensor | None = None
 
     @property
     def num_kv_heads(self) -> int:
@@ -46,15 +50,23 @@ class CompressionPlan:
 
     @property
     def keep(self) -> Tensor:
-        """`[num_layers, num_seqs]` int64 on the host: tokens kept by a KV head, in the mean. A
+        """`[num_layers, num_seqs]` int64 on the host: rows kept by a KV head, in the mean. A
         whole number: heads share out what a layer has for each of them."""
         return self.head_keep.sum(-1) // self.num_kv_heads
+
+    @property
+    def head_tokens(self) -> Tensor:
+        """As head_keep, of tokens alone."""
+        return (
+            self.head_keep if self.evicted is None else self.head_keep - (self.evicted > 0).long()
+        )
 
     def kept_positions(self, layer: int, seq: int) -> Tensor:
         """`[num_kv_heads, most kept by a head]` int32 on the device, ascending along the last
         dimension; -1 behind what a head keeps. `layer` counts the compressed layers."""
-        counts = self.head_keep[layer, seq].tolist()
-        start = int(self.head_keep[:layer].sum() + self.head_keep[layer, :seq].sum())
+        tokens = self.head_tokens
+        counts = tokens[layer, seq].tolist()
+        start = int(tokens[:layer].sum() + tokens[layer, :seq].sum())
         kept = self.indices[start : start + sum(counts)].split(counts)
         return pad_sequence(list(kept), batch_first=True, padding_value=-1)
 
@@ -82,8 +94,8 @@ def make_plan(
     """
     scores = torch.stack([layer_scores(s, prompt, config) for s in stats])
     if policy.score is not None:
-        for span in prompt.spans:
-            scores[..., span] = policy.score(scores[..., span])
+        for span, is_visual in zip(prompt.spans, prompt.visual_tokens, strict=True):
+            scores[..., span] = policy.score(scores[..., span], is_visual)
     density = torch.stack([layer_density(s, prompt) for s in stats]).cpu()  # the sync
     return plan_from_scores(scores, density, prompt, config, backend, policy)
 
@@ -105,14 +117,17 @@ def plan_from_scores(
     keep = prompt_budgets(density, prompt, config)
     if policy.share_heads is None:
         head_keep = keep[..., None].expand(-1, -1, scores.shape[1])
-        indices, cu_kept = select_kept(scores, keep, prompt, config, backend)
+        tokens = kept_tokens(keep, prompt, config)
+        indices, cu_kept = select_kept(scores, tokens, prompt, config, backend)
     else:
         shares = [
             policy.share_heads(scores[..., span], keep[:, i]) for i, span in enumerate(prompt.spans)
         ]
         head_keep = torch.stack(shares, 1)
-        indices, cu_kept = select_by_head(scores, head_keep, prompt, config, backend)
-    return CompressionPlan(prompt, 1.0 - density, head_keep, indices, cu_kept)
+        tokens = kept_tokens(head_keep, prompt, config)
+        indices, cu_kept = select_by_head(scores, tokens, prompt, config, backend)
+    evicted = evicted_tokens(head_keep, prompt, config)
+    return CompressionPlan(prompt, 1.0 - density, head_keep, indices, cu_kept, evicted)
 
 
 def layer_scores(stats: PostVisionStats, prompt: Prompt, config: VLCacheConfig) -> Tensor:
@@ -144,6 +159,31 @@ def prompt_budgets(density: Tensor, prompt: Prompt, config: VLCacheConfig) -> Te
     lengths = torch.tensor(prompt.lengths)
     keep = layer_budgets(density.nan_to_num(1.0), lengths, config)
     return torch.where(torch.tensor(prompt.query_rows) == 0, lengths, keep)
+
+
+def kept_tokens(rows: Tensor, prompt: Prompt, config: VLCacheConfig) -> Tensor:
+    """Tokens among the rows that are kept, `[num_layers, num_seqs, ...]` int64 on the host.
+
+    One row less where it is to stand for the others: where a token is evicted, and a token is kept
+    beside it. Never falls where the rows grow, which streaming relies on.
+    """
+    if config.remainder == "none":
+        return rows
+    lengths = _lengths_like(rows, prompt)
+    return rows - ((rows > 1) & (rows < lengths)).long()
+
+
+def evicted_tokens(rows: Tensor, prompt: Prompt, config: VLCacheConfig) -> Tensor | None:
+    """How many tokens the row of each KV head stands for, as CompressionPlan has it."""
+    if config.remainder == "none":
+        return None
+    tokens = kept_tokens(rows, prompt, config)
+    return torch.where(tokens < rows, _lengths_like(rows, prompt) - tokens, 0)
+
+
+def _lengths_like(rows: Tensor, prompt: Prompt) -> Tensor:
+    """The prompts' lengths along the second dimension."""
+    return torch.tensor(prompt.lengths).view(1, -1, *[1] * (rows.ndim - 2))
 
 
 def recent_tokens(keep: Tensor, config: VLCacheConfig) -> Tensor:

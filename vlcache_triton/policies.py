@@ -19,8 +19,11 @@ from .config import VLCacheConfig
 
 #: (post-vision rows, prompt length) -> how many of the last rows are the query rows.
 QueryRows = Callable[[int, int], int]
-#: Scores `[num_layers, num_kv_heads, length]` of one prompt, as measured -> as ranked.
-Scoring = Callable[[Tensor], Tensor]
+#: How many query rows -> what the attention of each counts, `[rows]`, at least 0.
+RowWeights = Callable[[int], Tensor]
+#: Scores `[num_layers, num_kv_heads, length]` of one prompt, as measured, and which of its tokens
+#: are visual, `[length]` bool, or None where that is not known -> scores as ranked.
+Scoring = Callable[[Tensor, Tensor | None], Tensor]
 #: Scores `[num_layers, num_kv_heads, length]` and tokens to keep a head `[num_layers]` on the host
 #: -> tokens that each head keeps, `[num_layers, num_kv_heads]` on the host.
 HeadSharing = Callable[[Tensor, Tensor], Tensor]
@@ -37,6 +40,7 @@ class Policy:
     score: what is done to the scores before tokens are ranked by them; None: nothing.
     share_heads: gives the KV heads of a layer different shares of its budget; None: even shares.
     choices: fields of VLCacheConfig that the policy sets, whatever the user's are.
+    row_weights: what the query rows count in the scores; None: all alike.
     """
 
     name: str
@@ -44,6 +48,7 @@ class Policy:
     score: Scoring | None = None
     share_heads: HeadSharing | None = None
     choices: Mapping[str, Any] = field(default_factory=dict)
+    row_weights: RowWeights | None = None
 
     def configure(self, config: VLCacheConfig) -> VLCacheConfig:
         """The user's configuration with the fields that the policy sets."""
@@ -63,7 +68,7 @@ def full() -> Policy:
 def random_tokens(seed: int = 0) -> Policy:
     """Tokens drawn at random for each layer and head; a prompt of one length draws the same."""
 
-    def score(scores: Tensor) -> Tensor:
+    def score(scores: Tensor, is_visual: Tensor | None) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         return torch.rand(scores.shape, generator=generator).to(scores.device)
 
@@ -73,7 +78,7 @@ def random_tokens(seed: int = 0) -> Policy:
 def streaming_llm(sinks: int = 4) -> Policy:
     """StreamingLLM (Xiao et al., ICLR 2024): the first tokens, the sinks, and the most recent."""
 
-    def score(scores: Tensor) -> Tensor:
+    def score(scores: Tensor, is_visual: Tensor | None) -> Tensor:
         position = torch.arange(scores.shape[-1], dtype=scores.dtype, device=scores.device)
         position[:sinks] = torch.inf
         return position.expand_as(scores)
@@ -124,7 +129,7 @@ def hindsight(attention: Tensor) -> Policy:
             tokens received from the answer's rows with the full cache. Of one prompt.
     """
 
-    def score(scores: Tensor) -> Tensor:
+    def score(scores: Tensor, is_visual: Tensor | None) -> Tensor:
         if scores.shape != attention.shape:
             raise ValueError(
                 f"attention: got shape {tuple(attention.shape)}, expected {tuple(scores.shape)}"
@@ -167,7 +172,7 @@ def _last_rows(n: int) -> QueryRows:
 def _keep_window(window: int) -> Scoring:
     """The last `window` tokens outrank the others, the latest first."""
 
-    def score(scores: Tensor) -> Tensor:
+    def score(scores: Tensor, is_visual: Tensor | None) -> Tensor:
         first = max(scores.shape[-1] - window, 0)
         ranks = FIRST_RANK + torch.arange(scores.shape[-1] - first, device=scores.device)
         return torch.cat([scores[..., :first], ranks.to(scores).expand_as(scores[..., first:])], -1)

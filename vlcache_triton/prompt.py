@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -22,11 +22,14 @@ class Prompt:
     pads: left pads of each sequence.
     query_rows: τ, the post-vision rows of each sequence, its last ones; 0 for a sequence that is
         left whole.
+    is_visual: `[num_seqs, padded_length]` bool on the device, for policies that look at it; None
+        where that is not known.
     """
 
     padded_length: int
     pads: tuple[int, ...]
     query_rows: tuple[int, ...]
+    is_visual: Tensor | None = field(default=None, compare=False, repr=False)
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -43,6 +46,13 @@ class Prompt:
         """The flattened rows of each sequence, pads left out."""
         width = self.padded_length
         return tuple(slice(i * width + pad, (i + 1) * width) for i, pad in enumerate(self.pads))
+
+    @property
+    def visual_tokens(self) -> list[Tensor | None]:
+        """`[length]` bool of each sequence, pads left out; None where it is not known."""
+        if self.is_visual is None:
+            return [None] * len(self.pads)
+        return [row[pad:] for row, pad in zip(self.is_visual, self.pads, strict=True)]
 
     @property
     def segments(self) -> slice:
@@ -63,6 +73,10 @@ class Prompt:
         return torch.tensor(
             [*rows, len(rows) * self.padded_length], dtype=torch.int32, device=device
         )
+
+    def seqused(self, device: torch.device) -> Tensor:
+        """`[num_seqs]` int32: tokens of each prompt, behind its start."""
+        return torch.tensor(self.lengths, dtype=torch.int32, device=device)
 
     def pack_query_rows(self, q: Tensor) -> Tensor:
         """The post-vision rows of q `[num_seqs, num_heads, n, d]`, packed `[total_q, heads, d]`.
@@ -113,7 +127,7 @@ def read_prompt(
         rows = padded_length - boundary if boundary > 0 else config.text_window or 0
         rows = max(rows, 1) if boundary > 0 else min(rows, padded_length - pad)
         query_rows.append(count_query_rows(rows, padded_length - pad, config, policy))
-    return Prompt(padded_length, tuple(pads), tuple(query_rows))
+    return Prompt(padded_length, tuple(pads), tuple(query_rows), is_visual)
 
 
 def count_query_rows(post_vision: int, length: int, config: VLCacheConfig, policy: Policy) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate
 
 import torch
@@ -25,6 +26,8 @@ class RaggedCache:
         device, and nothing on the host depends on them.
     max_seqlen_k: bound of every segment's rows, head room included.
     room: rows that every segment can still take.
+    first_key_bias: `[num_layers, num_segments]` fp32, log(n) where a segment's first row is the
+        mean of n evicted ones, else 0; None in a cache that has no such rows.
 
     A layer's segments are ordered by sequence, then KV head. Memory: (kept + head room) rows.
 
@@ -33,6 +36,7 @@ class RaggedCache:
         max_seqlen_k: rows of the longest segment, head room included; more makes larger grids.
         num_segments: num_seqs * num_kv_heads, of each layer.
         k_like, v_like: tensors `[..., d]` and `[..., d_v]` that give dtype, device and head sizes.
+        has_remainder: whether first rows may stand for what was evicted.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class RaggedCache:
         k_like: Tensor,
         v_like: Tensor,
         backend: Backend,
+        has_remainder: bool = False,
     ) -> None:
         if capacity >= 2**31:
             raise ValueError(f"capacity: got {capacity} rows, expected fewer than 2**31")
@@ -55,6 +60,11 @@ class RaggedCache:
             num_layers, num_segments + 1, dtype=torch.int32, device=device
         )
         self.seqused_k = torch.zeros(num_layers, num_segments, dtype=torch.int32, device=device)
+        self.first_key_bias: Tensor | None = None
+        if has_remainder:
+            self.first_key_bias = torch.zeros(num_layers, num_segments, device=device)
+        self._evicted: Tensor | None = None  # [num_layers, num_segments], where rows stand for it
+        self._first_tokens = self.cu_seqlens_k  # where compact_layer begins
         self.num_kv_heads, self.backend = num_kv_heads, backend
         self.max_seqlen_k, self.room = max_seqlen_k, 0
         self._one_row = torch.arange(num_segments + 1, dtype=torch.int32, device=device)
@@ -70,12 +80,14 @@ class RaggedCache:
         k_like: Tensor,
         v_like: Tensor,
         backend: Backend,
+        has_remainder: bool = False,
     ) -> bool:
         """Whether this is what the same arguments would make."""
         return (
             (len(self.k), self.max_seqlen_k) == (capacity, max_seqlen_k)
             and self.seqused_k.shape == (num_layers, num_segments)
             and (self.num_kv_heads, self.backend) == (num_kv_heads, backend)
+            and (self.first_key_bias is not None) == has_remainder
             and all(
                 (pool.shape[-1], pool.dtype, pool.device) == (x.shape[-1], x.dtype, x.device)
                 for pool, x in ((self.k, k_like), (self.v, v_like))
@@ -83,7 +95,8 @@ class RaggedCache:
         )
 
     def lay_out(self, plan: CompressionPlan, room: int) -> None:
-        """Place the segments of a new plan, with `room` free rows each; compact_layer fills them.
+        """Place the segments of a new plan, with `room` free rows each; compact_layer fills them,
+        and store_means where the plan says so.
 
         Every tensor stays where it is, so that a captured graph may go on reading it.
         """
@@ -91,6 +104,17 @@ class RaggedCache:
         self._place((kept + room).tolist())
         self.seqused_k.copy_(kept)
         self.room = room
+        self._first_tokens = self.cu_seqlens_k
+        if self.first_key_bias is not None:
+            self.first_key_bias.zero_()
+        if plan.evicted is not None:
+            if self.first_key_bias is None:
+                raise ValueError("plan: got rows for what is evicted, expected has_remainder=True")
+            evicted = plan.evicted.flatten(1)
+            self.first_key_bias.copy_(torch.where(evicted > 0, evicted.double().log(), 0.0))
+            self._evicted = evicted.int().to(self.k.device)
+            self._first_tokens = self.cu_seqlens_k.clone()
+            self._first_tokens[:, :-1] += self._evicted > 0
 
     def compact_layer(
         self,
@@ -102,7 +126,8 @@ class RaggedCache:
         cu_kept: Tensor,
         max_kept: int,
     ) -> None:
-        """Move the kept rows of a layer's k and v into its segments; arguments as `compact_kv`."""
+        """Move the kept tokens of a layer's k and v into its segments, behind the row for the
+        evicted ones; arguments as `compact_kv`."""
         self.backend.compact_kv(
             k,
             v,
@@ -111,8 +136,15 @@ class RaggedCache:
             cu_kept,
             self.k,
             self.v,
-            self.cu_seqlens_k[layer],
+            self._first_tokens[layer],
             max_kept=max_kept,
+        )
+
+    def store_means(self, layer: int, sum_k: Tensor, sum_v: Tensor) -> None:
+        """Write the rows that stand for what a layer evicts, from `sum_evicted`'s sums."""
+        assert self._evicted is not None
+        self.backend.store_means(
+            sum_k, sum_v, self._evicted[layer], self.k, self.v, self.cu_seqlens_k[layer]
         )
 
     @property
@@ -164,6 +196,7 @@ class RaggedCache:
             softmax_scale=softmax_scale,
             causal=True,
             seqused_k=self.seqused_k[layer],
+            first_key_bias=None if self.first_key_bias is None else self.first_key_bias[layer],
         )
         out = out.view(num_seqs, self.num_kv_heads, n, group, -1).transpose(1, 2)
         return out.reshape(num_seqs, n, num_heads, -1)
@@ -207,6 +240,8 @@ class RaggedCache:
         if segments is not None:
             old_starts, live = old_starts[:, segments], live[:, segments]
         self.seqused_k = live.clone()
+        if self.first_key_bias is not None and segments is not None:
+            self.first_key_bias = self.first_key_bias[:, segments]
         self._one_row = torch.arange(live.shape[1] + 1, dtype=torch.int32, device=device)
         self.cu_seqlens_k = self.cu_seqlens_k.new_empty(num_layers, live.shape[1] + 1)
         self._place(capacities)
@@ -233,6 +268,9 @@ class RaggedCache:
         for first in range(0, n, ROWS_AT_ONCE):
             row = torch.arange(first, min(first + ROWS_AT_ONCE, n), device=q.device)
             mask = column <= (live - n)[..., None] + row[:, None]  # [num_segments, rows, columns]
+            if self.first_key_bias is not None:
+                mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf)
+                mask[..., 0] += self.first_key_bias[layer, :, None]
             part = F.scaled_dot_product_attention(
                 q[:, :, first : first + ROWS_AT_ONCE],
                 k,

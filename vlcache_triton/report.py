@@ -12,10 +12,11 @@ class CompressionReport:
     budget: as configured.
     layers: the model's indices of the compressed layers; the rows of the next two.
     sparsity: `[num_layers][num_seqs]`, γ' (eq. 2); None for a sequence that was left whole.
-    kept: `[num_layers][num_seqs]`, tokens that each KV head keeps.
+    kept: `[num_layers][num_seqs]`, rows that each KV head keeps: tokens, and the one for the
+        evicted where there is one.
     lengths: `[num_seqs]`, prompt tokens, pads not counted.
     bytes_before: K and V of these layers after prefill, as a dense cache stores them.
-    bytes_after: K and V of the kept tokens.
+    bytes_after: K and V of the kept rows.
     bytes_allocated: of the compressed cache right after compression, with its head room for
         tokens to come.
     """

@@ -12,6 +12,8 @@ from .budgets import budget_bounds
 from .compress import PromptCompressor
 from .plan import (
     CompressionPlan,
+    evicted_tokens,
+    kept_tokens,
     layer_density,
     layer_scores,
     prompt_budgets,
@@ -28,7 +30,9 @@ class _Pruned:
     """What one layer still may keep; segments by sequence, then KV head.
 
     k, v: `[total, 1, d]`; scores `[1, total]`; positions `[total]` int32, within the sequence;
-    starts `[num_segments + 1]` int32; keep `[num_seqs]` int64 on the host.
+    starts `[num_segments + 1]` int32; keep `[num_seqs]` int64 on the host, tokens; sums
+    `[num_segments, 1, d]` fp32 of k and of v, of what is evicted already, where a row is to stand
+    for it.
     """
 
     k: Tensor
@@ -37,10 +41,14 @@ class _Pruned:
     positions: Tensor
     starts: Tensor
     keep: Tensor
+    sums: tuple[Tensor, Tensor] | None
 
 
 class StreamingCompressor(PromptCompressor):
     """As PromptCompressor, with the same result, but layers are pruned as soon as they are seen.
+
+    Of a row that stands for what is evicted the sums go along, each token added when it goes; in
+    another order than at once, so that it is the same but for rounding.
 
     After layer j, no layer seen can end up with more than `budget_bounds` says, bounds only shrink
     as layers come, and the Top-K of a smaller budget lies within that of a larger one (the window
@@ -78,26 +86,32 @@ class StreamingCompressor(PromptCompressor):
         if not self.compresses:
             return super().pack(head_room, allocate)
         density = torch.stack(self._density)
-        keep = prompt_budgets(density, self.prompt, self.config)
+        rows = prompt_budgets(density, self.prompt, self.config)
+        keep = kept_tokens(rows, self.prompt, self.config)
         selected = [self._select(x, row) for x, row in zip(self._pruned, keep, strict=True)]
         positions = [
             pruned.positions[_rows(pruned, *chosen)]
             for pruned, chosen in zip(self._pruned, selected, strict=True)
         ]
         num_kv_heads = (len(self._pruned[0].starts) - 1) // len(self.prompt.pads)
+        head_keep = rows[..., None].expand(-1, -1, num_kv_heads)
         counts = keep.repeat_interleave(num_kv_heads, 1).reshape(-1).to(density.device)
         cu_kept = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
         plan = CompressionPlan(
             self.prompt,
             1.0 - density,
-            keep[..., None].expand(-1, -1, num_kv_heads),
+            head_keep,
             torch.cat(positions),
             cu_kept.to(positions[0].device),
+            evicted_tokens(head_keep, self.prompt, self.config),
         )
         first = self._pruned[0]
         ragged = self._allocate(plan, head_room, first.k, first.v, allocate)
         for layer, (indices, layer_cu_kept) in enumerate(selected):
             pruned = self._pruned.pop(0)
+            sums = self._add_evicted(pruned, indices, layer_cu_kept)
+            if sums is not None:
+                ragged.store_means(layer, *sums)
             max_kept = int(keep[layer].max())
             ragged.compact_layer(
                 layer, pruned.k, pruned.v, pruned.starts, indices, layer_cu_kept, max_kept
@@ -105,11 +119,12 @@ class StreamingCompressor(PromptCompressor):
         return plan, ragged
 
     def _bounds(self) -> Tensor:
-        """`[num_seen, num_seqs]`; a sequence that is left whole keeps all."""
+        """`[num_seen, num_seqs]`, of tokens; a sequence that is left whole keeps all."""
         density = torch.stack(self._density).nan_to_num(1.0)
         lengths = torch.tensor(self.prompt.lengths)
         bounds = budget_bounds(density, lengths, self.num_layers, self.config)
-        return torch.where(torch.tensor(self.prompt.query_rows) == 0, lengths, bounds)
+        bounds = torch.where(torch.tensor(self.prompt.query_rows) == 0, lengths, bounds)
+        return kept_tokens(bounds, self.prompt, self.config)
 
     def _prune_dense(self, k: Tensor, v: Tensor, scores: Tensor, keep: Tensor) -> _Pruned:
         indices, cu_kept = select_kept(
@@ -121,7 +136,13 @@ class StreamingCompressor(PromptCompressor):
         rows = segments.repeat_interleave(counts) + indices
         heads = torch.arange(num_kv_heads, device=k.device).repeat(len(keep))
         kept_scores = scores[heads.repeat_interleave(counts), rows][None]
-        return self._moved(k, v, starts, indices, cu_kept, keep, kept_scores, indices)
+        sums = None
+        if self.config.remainder != "none":
+            lengths, longest = self.prompt.seqused(k.device), self.prompt.padded_length
+            sums = self.backend.sum_evicted(
+                k, v, starts, indices, cu_kept, longest, seqused_k=lengths
+            )
+        return self._moved(k, v, starts, indices, cu_kept, keep, kept_scores, indices, sums)
 
     def _prune(self, pruned: _Pruned, keep: Tensor) -> _Pruned:
         indices, cu_kept = self._select(pruned, keep)
@@ -135,7 +156,23 @@ class StreamingCompressor(PromptCompressor):
             keep,
             pruned.scores[:, rows],
             pruned.positions[rows],
+            self._add_evicted(pruned, indices, cu_kept),
         )
+
+    def _add_evicted(
+        self, pruned: _Pruned, indices: Tensor, cu_kept: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """The layer's sums with what it evicts now."""
+        if pruned.sums is None:
+            return None
+        longest = int(pruned.keep.max())
+        more = self.backend.sum_evicted(
+            pruned.k, pruned.v, pruned.starts, indices, cu_kept, longest
+        )
+        sum_k, sum_v = (
+            torch.cat(pair, 1).sum(1, keepdim=True) for pair in zip(pruned.sums, more, strict=True)
+        )
+        return sum_k, sum_v
 
     def _select(self, pruned: _Pruned, keep: Tensor) -> tuple[Tensor, Tensor]:
         """(indices, cu_kept) of `keep` tokens `[num_seqs]`, within the layer's pruned segments."""
@@ -161,13 +198,14 @@ class StreamingCompressor(PromptCompressor):
         keep: Tensor,
         scores: Tensor,
         positions: Tensor,
+        sums: tuple[Tensor, Tensor] | None,
     ) -> _Pruned:
         out_k = k.new_empty(len(indices), 1, k.shape[-1])
         out_v = v.new_empty(len(indices), 1, v.shape[-1])
         self.backend.compact_kv(
             k, v, starts, indices, cu_kept, out_k, out_v, cu_kept, max_kept=int(keep.max())
         )
-        return _Pruned(out_k, out_v, scores, positions, cu_kept, keep)
+        return _Pruned(out_k, out_v, scores, positions, cu_kept, keep, sums)
 
 
 def _rows(pruned: _Pruned, indices: Tensor, cu_kept: Tensor) -> Tensor:

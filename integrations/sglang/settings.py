@@ -59,6 +59,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
     Raises:
         ValueError: for a variable that begins with VLCACHE_ and is none of ours, and for a value
             that does not fit, by the variable's name.
+        NotImplementedError: for a choice that is not served here.
     """
     names = {PREFIX + field.name.upper(): field.name for field in fields(VLCacheConfig)}
     known = {*names, PREFIX + "CONFIG", PREFIX + "PACK", PREFIX + "KERNELS"}
@@ -72,6 +73,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         if (text := environ.get(name)) is not None:
             chosen = {field: _scalar(text)}
             settings = replace(settings, config=_config(name, chosen, settings.config))
+    _check_supported(settings.config)
     if (text := environ.get(PREFIX + "PACK")) is not None:
         if text not in ("0", "1"):
             raise ValueError(f"{PREFIX}PACK: got {text!r}, expected 0 or 1")
@@ -83,6 +85,17 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
             )
         settings = replace(settings, kernels=cast(BackendName, text))
     return settings
+
+
+def _check_supported(config: VLCacheConfig) -> None:
+    """Refuse what the Transformers adapter alone can do: the statistics of a prompt's chunks are
+    summed, which maxima cannot be, and the block table has no place for a row of its own."""
+    for name in ("row_reduction", "group_reduction", "remainder"):
+        value, default = getattr(config, name), getattr(VLCacheConfig(), name)
+        if value != default:
+            raise NotImplementedError(
+                f"{PREFIX}{name.upper()}: got {value!r}, expected {default!r} in SGLang"
+            )
 
 
 def _json_fields(text: str) -> dict[str, Any]:

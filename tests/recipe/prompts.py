@@ -99,7 +99,9 @@ def top_positions(
 ) -> list[list[int]]:
     """Recipe steps 4 and 5 by sorting: the kept positions of each KV head."""
     length = maps.shape[-1]
-    scores = maps.sum(1).view(num_kv_heads, -1, length).mean(1)
+    scores = maps.sum(1) if config.row_reduction == "sum" else maps.amax(1)
+    scores = scores.view(num_kv_heads, -1, length)
+    scores = scores.mean(1) if config.group_reduction == "mean" else scores.amax(1)
     if config.granularity == "layer":
         scores = scores.mean(0, keepdim=True).expand(num_kv_heads, -1)
     recent = min(keep, max(1, math.floor(config.recent_fraction * keep + 0.5)))

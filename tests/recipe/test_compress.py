@@ -50,17 +50,51 @@ def test_the_rows_of_the_plan_are_packed(make, dtype):
 
 
 @either
-def test_the_way_as_a_whole_is_the_recipe(make):
+@pytest.mark.parametrize("row_reduction", ["sum", "max"])
+@pytest.mark.parametrize("group_reduction", ["mean", "max"])
+def test_the_way_as_a_whole_is_the_recipe(make, row_reduction, group_reduction):
     """Not by way of the plan: from attention maps to the rows of the pools."""
     prompt = make_prompt([48], [7])
     layers = make_layers(prompt, SHARPNESS)
-    config = VLCacheConfig(budget=0.25)
+    config = VLCacheConfig(
+        budget=0.25, row_reduction=row_reduction, group_reduction=group_reduction
+    )
     _, ragged = compress(make(prompt, 3, config, REFERENCE), layers)
     maps = [attention(prompt, layer, 0) for layer in layers]
     gamma = torch.tensor([[sparsity(x, 0.01)] for x in maps], dtype=torch.float64)
     keep = layer_budgets(1 - gamma, torch.tensor([48]), config).flatten().tolist()
     kept = [top_positions(x, n, 2, config) for x, n in zip(maps, keep, strict=True)]
     assert_pools_hold(ragged, layers, prompt, lambda layer, seq: kept[layer])
+
+
+@either
+@pytest.mark.parametrize("budget", [0.02, 0.3, 0.97, 2, 30])
+def test_a_row_stands_for_what_is_evicted(make, budget):
+    """The first of a segment: the mean of what is not among the others, and how many that are."""
+    prompt = make_prompt([40, 23], [6, 3])
+    layers = make_layers(prompt, SHARPNESS, d_v=12)
+    config = VLCacheConfig(budget=budget, remainder="mean", min_layer_budget=0.0)
+    plan, ragged = compress(make(prompt, 3, config, REFERENCE), layers)
+    without = VLCacheConfig(budget=budget, min_layer_budget=0.0)
+    assert torch.equal(plan.keep, compress(make(prompt, 3, without, REFERENCE), layers)[0].keep)
+    has_row = (plan.head_keep > 1) & (plan.head_keep < torch.tensor([40, 23])[:, None])
+    assert torch.equal(plan.evicted > 0, has_row)
+    for row, layer in enumerate(layers):
+        for seq, span in enumerate(prompt.spans):
+            for head, kept in enumerate(plan.kept_positions(row, seq).tolist()):
+                dense_k, dense_v = layer.k[span, head], layer.v[span, head]
+                k, v = segment(ragged, row, seq, head)
+                bias = ragged.first_key_bias[row, seq * 2 + head]
+                evicted = [j for j in range(len(dense_k)) if j not in kept]
+                if has_row[row, seq, head]:
+                    assert plan.evicted[row, seq, head] == len(evicted)
+                    torch.testing.assert_close(k[0], dense_k[evicted].mean(0))
+                    torch.testing.assert_close(v[0], dense_v[evicted].mean(0))
+                    torch.testing.assert_close(bias, torch.tensor(math.log(len(evicted))))
+                    k, v = k[1:], v[1:]
+                else:
+                    assert bias == 0
+                assert torch.equal(k, dense_k[kept]) and torch.equal(v, dense_v[kept])
 
 
 @either
@@ -139,7 +173,8 @@ def test_later_rows_of_q_are_all_that_is_needed(make):
 
 
 @either
-def test_the_kernels_give_what_the_reference_gives(make):
+@pytest.mark.parametrize("remainder", ["none", "mean"])
+def test_the_kernels_give_what_the_reference_gives(make, remainder):
     """On a GPU, or in Triton's interpreter: budgets, positions, rows, and a decode step."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prompt = make_prompt([40, 23], [6, 3])
@@ -147,7 +182,7 @@ def test_the_kernels_give_what_the_reference_gives(make):
     layers = [
         layer._replace(**{n: getattr(layer, n).to(device) for n in "kvq"}) for layer in layers
     ]
-    config = VLCacheConfig(budget=0.3)
+    config = VLCacheConfig(budget=0.3, remainder=remainder)
     step = [torch.randn(2, heads, 1, 64, device=device) for heads in (2, 2, 4)]
     outs = []
     for name in ("triton", "reference"):
@@ -157,7 +192,9 @@ def test_the_kernels_give_what_the_reference_gives(make):
     (plan, out, rows), (expected_plan, expected_out, expected_rows) = outs
     assert torch.equal(plan.head_keep, expected_plan.head_keep)
     assert torch.equal(plan.indices, expected_plan.indices)
-    assert all(map(torch.equal, rows, expected_rows))
+    if remainder == "none":
+        assert all(map(torch.equal, rows, expected_rows))
+    torch.testing.assert_close(rows, expected_rows)
     torch.testing.assert_close(out, expected_out, atol=2e-5, rtol=0)
 
 

@@ -1,5 +1,6 @@
 """From statistics to what is kept, held to entry-by-entry loops over the attention maps."""
 
+import dataclasses
 import math
 
 import pytest
@@ -139,6 +140,27 @@ def test_a_sequence_without_post_vision_rows_is_left_whole():
     assert plan.sparsity[:, 0].isnan().all() and not plan.sparsity[:, 1].isnan().any()
     for layer in range(3):
         assert plan.kept_positions(layer, 0).tolist() == [list(range(20))] * 2
+
+
+@pytest.mark.parametrize("budget", [0.02, 0.1, 0.9, 2, 7])
+def test_a_row_for_the_rest_is_paid_from_the_budget(budget):
+    prompt = make_prompt([40, 23, 7], [5, 5, 2])
+    layers = make_layers(prompt, SHARPNESS)
+    config = VLCacheConfig(budget=budget, min_layer_budget=0.0)
+    without = plan_of(prompt, layers, config)
+    plan = plan_of(prompt, layers, dataclasses.replace(config, remainder="mean"))
+    assert without.evicted is None
+    assert torch.equal(plan.head_keep, without.head_keep)
+    lengths = torch.tensor(prompt.lengths)[:, None]
+    has_row = (plan.head_keep > 1) & (plan.head_keep < lengths)
+    assert torch.equal(plan.head_tokens, plan.head_keep - has_row.long())
+    assert torch.equal(plan.evicted, torch.where(has_row, lengths - plan.head_tokens, 0))
+    assert plan.cu_kept[-1] == len(plan.indices) == plan.head_tokens.sum()
+    for layer in range(3):
+        for seq in range(3):
+            fewer, more = (x.kept_positions(layer, seq).tolist() for x in (plan, without))
+            for few, many in zip(fewer, more, strict=True):
+                assert set(few) <= set(many) and few[-1] == prompt.lengths[seq] - 1
 
 
 def test_ties_go_to_the_lower_position():

@@ -14,6 +14,7 @@ from vlcache_triton.compress import PromptCompressor
 from vlcache_triton.policies import (
     POLICIES,
     VL_CACHE,
+    Policy,
     adakv,
     adaptive_heads,
     full,
@@ -227,8 +228,54 @@ def test_smoothing_must_be_odd(smoothing):
 
 def test_the_tuned_preset_leaves_the_default_alone():
     tuned = VLCacheConfig.tuned(budget=0.2)
-    assert (tuned.max_query_rows, tuned.smoothing, tuned.granularity) == (16, 3, "layer")
+    assert (tuned.row_reduction, tuned.group_reduction, tuned.remainder) == ("max", "max", "mean")
+    assert tuned.granularity == "layer"
     assert tuned.budget == 0.2 and VLCacheConfig.tuned().budget == VLCacheConfig().budget
     assert VLCacheConfig.tuned(smoothing=1, threshold=0.1).smoothing == 1
     default = VLCacheConfig()
     assert (default.max_query_rows, default.smoothing, default.granularity) == (None, 1, "kv_head")
+
+
+def test_a_policy_weighs_the_query_rows():
+    """Each prompt of a batch by its own number of them."""
+    asked = []
+
+    def last_three(n):
+        asked.append(n)
+        return (torch.arange(n) >= n - 3).float()
+
+    weighted = Policy("last three", row_weights=last_three)
+    fewer = Policy("three", lambda post_vision, length: 3)
+    _, _, layers = run(weighted, lengths=(LENGTH, 31), rows=(POST_VISION, 5))
+    assert asked == [POST_VISION, 5] * len(SHARPNESS)
+    uniform = dataclasses.replace(CONFIG, allocation="uniform")
+    plan, _, _ = run(weighted, uniform, (LENGTH, 31), (POST_VISION, 5), layers)
+    expected, _, _ = run(fewer, uniform, (LENGTH, 31), (POST_VISION, 5), layers)
+    assert torch.equal(plan.indices, expected.indices)
+
+
+def test_a_policy_is_shown_which_tokens_are_visual():
+    """Without pads; None where the prompt does not say."""
+    shown = []
+
+    def score(scores, is_visual):
+        shown.append(is_visual)
+        return scores if is_visual is None else torch.where(is_visual, scores, 0.0)
+
+    is_visual = torch.zeros(2, 20, dtype=torch.bool)
+    is_visual[0, 2:9], is_visual[1, 8:14] = True, True
+    mask = torch.ones(2, 20)
+    mask[1, :5] = 0
+    policy = Policy("visual alone", score=score, choices={"recent_fraction": 0.0})
+    prompt = read_prompt(is_visual, mask, CONFIG, policy)
+    compressor = PromptCompressor(prompt, 4, policy.configure(CONFIG), REFERENCE, policy)
+    plan, _ = compress(compressor, make_layers(prompt, SHARPNESS))
+    assert [x.tolist() for x in shown] == [is_visual[0].tolist(), is_visual[1, 5:].tolist()]
+    for layer in range(4):
+        for seq, visual in enumerate(shown):
+            for kept in plan.kept_positions(layer, seq).tolist():
+                count = min(len(kept) - 1, int(visual.sum()))
+                assert int(visual[kept[:-1]].sum()) == count
+    shown.clear()
+    run(policy)
+    assert shown == [None]

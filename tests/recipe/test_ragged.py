@@ -309,6 +309,7 @@ def arguments(**changes):
         k_like=torch.empty(0, D),
         v_like=torch.empty(0, D_V),
         backend=REFERENCE,
+        has_remainder=False,
     )
     return usual | changes
 
@@ -326,6 +327,7 @@ def arguments(**changes):
         dict(k_like=torch.empty(0, D, dtype=torch.half)),
         dict(k_like=torch.empty(0, D, device="meta")),
         dict(backend=REFERENCE._replace(name="other")),
+        dict(has_remainder=True),
     ],
     ids=lambda change: "-".join(change),
 )

@@ -39,7 +39,8 @@ def assert_kept(cache, kept: oracle.Kept, inputs: dict[str, Tensor], copies: int
     for row, layer in enumerate(layers):
         for seq in range(num_seqs * copies):
             expected = oracle.positions(kept, inputs, layer, seq // copies)
-            assert cache.plan.keep[row, seq] == expected.shape[1]
+            num_rows = expected.shape[1] + int(kept.rows[layer][seq // copies, 0])
+            assert cache.plan.keep[row, seq] == num_rows
             assert torch.equal(cache.plan.kept_positions(row, seq).cpu().long(), expected)
 
 

@@ -2,8 +2,9 @@
 
 `kept_tokens` reads the eager attention maps of a prefill and works out, step by step of the recipe,
 which tokens stay. `evicted` then runs the stock model in eager attention with its own
-DynamicCache, where every later forward masks what was dropped. Nothing here comes from the
-package but `layer_budgets`, which has tests of its own.
+DynamicCache, where every later forward masks what was dropped, and sees the mean of it as one key
+of the weight of all where the configuration says so. Nothing here comes from the package but
+`layer_budgets`, which has tests of its own.
 """
 
 from __future__ import annotations
@@ -20,8 +21,29 @@ from transformers.masking_utils import eager_mask
 
 from vlcache_triton import VLCacheConfig, layer_budgets
 
-#: For each layer of the model: None where all is kept, else bool [num_seqs, num_kv_heads, prompt].
-Kept = list[Tensor | None]
+
+class Kept(list):
+    """For each layer of the model: None where all is kept, else bool [num_seqs, num_kv_heads,
+    prompt].
+
+    rows: for each layer alike, where a mean stands for what is evicted, [num_seqs, num_kv_heads].
+    real: bool [num_seqs, prompt], False on pads.
+    """
+
+    def __init__(self, num_layers: int, real: Tensor) -> None:
+        super().__init__([None] * num_layers)
+        self.rows: list[Tensor | None] = [None] * num_layers
+        self.real = real
+
+    def repeated(self, copies: int) -> Kept:
+        """Of as many copies of each sequence."""
+        result = Kept(len(self), self.real.repeat_interleave(copies, 0))
+        for layer, (kept, rows) in enumerate(zip(self, self.rows, strict=True)):
+            if kept is not None:
+                result[layer] = kept.repeat_interleave(copies, 0)
+                result.rows[layer] = rows.repeat_interleave(copies, 0)
+        return result
+
 
 _NAME = "masked_oracle"
 _kept: Kept | None = None
@@ -34,10 +56,11 @@ def kept_tokens(family: Family, inputs: dict[str, Tensor], config: VLCacheConfig
     starts = (inputs["attention_mask"] == 0).sum(1).tolist()
     layer_types = getattr(family.text_config, "layer_types", None) or ["full_attention"] * len(maps)
     full = [i for i, kind in enumerate(layer_types) if kind == "full_attention"]
-    kept: Kept = [None] * len(maps)
+    kept = Kept(len(maps), inputs["attention_mask"] == 1)
     for i in full:
         num_kv_heads = family.text_config.num_key_value_heads
         kept[i] = torch.zeros(len(ids), num_kv_heads, ids.shape[1], dtype=torch.bool)
+        kept.rows[i] = torch.zeros(len(ids), num_kv_heads, dtype=torch.bool)
     for b, start in enumerate(starts):
         length = ids.shape[1] - start
         rows = query_rows(family, inputs, b, config)
@@ -50,6 +73,9 @@ def kept_tokens(family: Family, inputs: dict[str, Tensor], config: VLCacheConfig
         density = torch.tensor(density, dtype=torch.float64)
         budgets = layer_budgets(density, torch.tensor([length]), config).flatten().tolist()
         for i, a, budget in zip(full, attention, budgets, strict=True):
+            if config.remainder == "mean" and 2 <= budget < length:
+                kept.rows[i][b] = True
+                budget -= 1
             kept[i][b, :, start:] = top_tokens(a, budget, kept[i].shape[1], config)
     return kept
 
@@ -98,8 +124,9 @@ def sparsity(attention: Tensor, rows: range, threshold: float) -> float:
 def top_tokens(attention: Tensor, budget: int, num_kv_heads: int, config: VLCacheConfig) -> Tensor:
     """Bool [num_kv_heads, length]: the recent window, then the highest accumulated attention."""
     num_heads, _, length = attention.shape
-    score = attention.sum(1)  # [num_heads, length]
-    score = score.view(num_kv_heads, num_heads // num_kv_heads, length).mean(1)
+    score = attention.sum(1) if config.row_reduction == "sum" else attention.amax(1)
+    score = score.view(num_kv_heads, num_heads // num_kv_heads, length)
+    score = score.mean(1) if config.group_reduction == "mean" else score.amax(1)
     if config.granularity == "layer":
         score = score.mean(0, keepdim=True).expand(num_kv_heads, -1)
     half = config.smoothing // 2
@@ -128,7 +155,7 @@ def evicted(family: Family, kept: Kept, copies: int = 1) -> Iterator[None]:
     `copies`: beams or returned sequences of each prompt; they share its prefill.
     """
     global _kept
-    _kept = [k if k is None else k.repeat_interleave(copies, 0) for k in kept]
+    _kept = kept.repeated(copies)
     try:
         with attention_implementation(family, _NAME):
             yield
@@ -168,9 +195,31 @@ def _masked_attention(
     if kept is not None and key.shape[2] > kept.shape[2]:
         prompt = kept.repeat_interleave(group, 1)[:, :, None]  # [num_seqs, num_heads, 1, prompt]
         logits[..., : kept.shape[2]].masked_fill_(~prompt, -math.inf)
+        evicted = ~kept & _kept.real[:, None]
+        mean_k, mean_v, bias = means(evicted & _kept.rows[module.layer_idx][..., None], key, value)
+        row = query @ mean_k.repeat_interleave(group, 1).transpose(2, 3) * scaling
+        row = row + bias.repeat_interleave(group, 1)
+        logits = torch.cat([row, logits], -1)
+        value = torch.cat([mean_v, value], 2)
     weights = logits.softmax(-1)
     out = weights @ value.repeat_interleave(group, 1)
     return out.transpose(1, 2).contiguous(), weights
+
+
+def means(evicted: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean key and value `[num_seqs, num_kv_heads, 1, d]` of evicted tokens, and the logarithm
+    of their number, `[num_seqs, num_kv_heads, 1, 1]`: minus infinity hides the mean of none."""
+    num_seqs, num_kv_heads = evicted.shape[:2]
+    mean_k, mean_v = torch.zeros_like(key[:, :, :1]), torch.zeros_like(value[:, :, :1])
+    bias = torch.full((num_seqs, num_kv_heads, 1, 1), -math.inf)
+    for b in range(num_seqs):
+        for h in range(num_kv_heads):
+            positions = evicted[b, h].nonzero().flatten()
+            if len(positions):
+                mean_k[b, h, 0] = key[b, h, positions].mean(0)
+                mean_v[b, h, 0] = value[b, h, positions].mean(0)
+                bias[b, h] = math.log(len(positions))
+    return mean_k, mean_v, bias
 
 
 AttentionInterface.register(_NAME, _masked_attention)

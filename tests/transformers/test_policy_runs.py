@@ -19,13 +19,15 @@ def kept_by(cache, inputs):
     """The plan of a cache as the oracle's masks."""
     starts = (inputs["attention_mask"] == 0).sum(1).tolist()
     num_seqs, width = inputs["input_ids"].shape
-    kept = []
-    for layer in range(len(cache.plan.head_keep)):
+    plan = cache.plan
+    kept = oracle.Kept(len(plan.head_keep), inputs["attention_mask"] == 1)
+    for layer in range(len(kept)):
         mask = torch.zeros(num_seqs, cache.plan.num_kv_heads, width, dtype=torch.bool)
         for seq, start in enumerate(starts):
             for head, row in enumerate(cache.plan.kept_positions(layer, seq).tolist()):
                 mask[seq, head, [start + j for j in row if j >= 0]] = True
-        kept.append(mask)
+        kept[layer] = mask
+        kept.rows[layer] = plan.head_keep[layer] > mask.sum(-1)
     return kept
 
 
@@ -57,6 +59,21 @@ def test_heads_that_keep_different_counts(family):
     with oracle.evicted(family, kept_by(session.cache, inputs)):
         expected = family.model.generate(**inputs, **GREEDY)
     assert_same_run(out, expected, ORACLE_ATOL)
+
+
+@pytest.mark.parametrize("policy", [snapkv(), adakv(window=2, pool=1)], ids=["snapkv", "adakv"])
+def test_a_policy_with_a_row_for_the_rest(family, policy):
+    inputs = family.inputs(LONG, SHORT)
+    config = VLCacheConfig(budget=0.4, remainder="mean")
+    with vl_cache(family.model, config, policy=policy) as session:
+        out = family.model.generate(**inputs, **GREEDY)
+    kept = kept_by(session.cache, inputs)
+    assert all(rows.all() for rows in kept.rows)
+    with oracle.evicted(family, kept):
+        expected = family.model.generate(**inputs, **GREEDY)
+    assert_same_run(out, expected, ORACLE_ATOL)
+    total = sum(map(sum, session.report().kept))
+    assert total == sum(round(0.4 * 4 * n) for n in inputs["attention_mask"].sum(1).tolist())
 
 
 def test_another_policy_does_not_stream(family):

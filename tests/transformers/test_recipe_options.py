@@ -23,6 +23,9 @@ OPTIONS = {
     "smoothing over more than there is": dict(smoothing=71),
     "max_query_rows": dict(max_query_rows=3),
     "max_query_rows of one": dict(max_query_rows=1),
+    "maxima": dict(row_reduction="max", group_reduction="max", smoothing=3),
+    "maximum over rows": dict(row_reduction="max"),
+    "maximum over the group": dict(group_reduction="max", granularity="layer"),
     "threshold": dict(threshold=0.2),
     "recent_fraction": dict(recent_fraction=0.5),
     "all recent": dict(recent_fraction=1.0),
@@ -33,6 +36,14 @@ OPTIONS = {
     "one token": dict(budget=1e-9, min_layer_budget=0.0),
     "more tokens than there are": dict(budget=1000),
     "almost all": dict(budget=0.99),
+    "a row for the rest": dict(remainder="mean"),
+    "a row for the rest, of a layer": dict(remainder="mean", granularity="layer", smoothing=3),
+    "a row for the rest, uniform": dict(remainder="mean", allocation="uniform"),
+    "a row for the rest, small": dict(remainder="mean", budget=0.1),
+    "a row for the rest, one token": dict(remainder="mean", budget=0.02, min_layer_budget=0.0),
+    "a row for the rest, one beside it": dict(remainder="mean", budget=2),
+    "a row for the rest, which is small": dict(remainder="mean", budget=0.99),
+    "a row for the rest, which is nothing": dict(remainder="mean", budget=1000),
 }
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vlcache_triton.backend import get_backend
-from vlcache_triton.compress import PromptCompressor
+from vlcache_triton.compress import PromptCompressor, move_layer
 from vlcache_triton.config import VLCacheConfig
 from vlcache_triton.integrations.transformers.cache import VLCache, VLCacheLayer
 from vlcache_triton.plan import CompressionPlan, make_plan
@@ -56,7 +56,7 @@ class Recording(VLCache):
         self.model_config = model_config
         self.other_layers: dict[int, Any] = {}
         self._recorded: list[_Layer] = []
-        self._stats: dict[int, list[PostVisionStats]] = {}
+        self._stats: dict[Hashable, list[PostVisionStats]] = {}
 
     @property
     def will_pack(self) -> bool:
@@ -138,13 +138,13 @@ class Recording(VLCache):
             self._recorded[0].k,
             self._recorded[0].v,
             backend,
+            plan.evicted is not None,
         )
         ragged.lay_out(plan, self.head_room)
-        starts = plan.prompt.starts(ragged.k.device)
+        starts, lengths = (of(ragged.k.device) for of in (plan.prompt.starts, plan.prompt.seqused))
         for layer, recorded in enumerate(self._recorded):
             k, v = (x.repeat(num_seqs, 1, 1) for x in (recorded.k, recorded.v))
-            cu_kept, max_kept = plan.layer_cu_kept(layer), int(plan.head_keep[layer].max())
-            ragged.compact_layer(layer, k, v, starts, plan.indices, cu_kept, max_kept)
+            move_layer(plan, ragged, layer, k, v, starts, lengths)
         return CompressedCopies(self, plan, ragged)
 
     def plan_for(self, variant: Variant) -> CompressionPlan:
@@ -155,18 +155,25 @@ class Recording(VLCache):
 
     def measure(self, variant: Variant) -> tuple[Prompt, list[PostVisionStats]]:
         """The prompt with a variant's query rows, and what they say of each layer; measured once
-        for all variants that have the same rows."""
+        for all variants that look at the same."""
         assert self.prompt is not None and self.ragged is not None
         config, backend = variant.effective, self.ragged.backend
         (post_vision,), (length,) = self.prompt.query_rows, self.prompt.lengths
         rows = count_query_rows(post_vision, length, config, variant.policy)
         prompt = dataclasses.replace(self.prompt, query_rows=(rows,))
-        if rows not in self._stats:
-            compressor = PromptCompressor(prompt, self._num_layers, config, backend)
-            self._stats[rows] = [
+        key = (
+            rows,
+            config.threshold,
+            config.row_reduction,
+            config.group_reduction,
+            variant.policy.row_weights,
+        )
+        if key not in self._stats:
+            compressor = PromptCompressor(prompt, self._num_layers, config, backend, variant.policy)
+            self._stats[key] = [
                 compressor.measure(x.k, x.q, x.softmax_scale) for x in self._recorded
             ]
-        return prompt, self._stats[rows]
+        return prompt, self._stats[key]
 
 
 class CompressedCopies(VLCache):
@@ -184,10 +191,13 @@ class CompressedCopies(VLCache):
 
 def _stack_plans(plans: Sequence[CompressionPlan]) -> CompressionPlan:
     """Plans of one prompt as the plan of a batch that repeats it."""
-    pieces = [p.indices.split(p.head_keep.sum((1, 2)).tolist()) for p in plans]  # by layer
+    pieces = [p.indices.split(p.head_tokens.sum((1, 2)).tolist()) for p in plans]  # by layer
     indices = torch.cat([piece for layer in zip(*pieces, strict=True) for piece in layer])
-    head_keep = torch.cat([p.head_keep for p in plans], 1)
-    counts = head_keep.flatten().to(indices.device)
+    counts = torch.cat([p.head_tokens for p in plans], 1).flatten().to(indices.device)
+    evicted = None
+    if any(p.evicted is not None for p in plans):
+        none = torch.zeros_like(plans[0].head_keep)
+        evicted = torch.cat([none if p.evicted is None else p.evicted for p in plans], 1)
     return CompressionPlan(
         Prompt(
             plans[0].prompt.padded_length,
@@ -195,7 +205,8 @@ def _stack_plans(plans: Sequence[CompressionPlan]) -> CompressionPlan:
             tuple(p.prompt.query_rows[0] for p in plans),
         ),
         torch.cat([p.sparsity for p in plans], 1),
-        head_keep,
+        torch.cat([p.head_keep for p in plans], 1),
         indices,
         torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int(),
+        evicted,
     )
