@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,10 +30,24 @@ from transformers.masking_utils import sdpa_mask
 
 from vlcache_triton import VLCacheConfig, layer_budgets
 from vlcache_triton.evaluation.metrics import wilson_interval
-from vlcache_triton.formreader import chat, draw_dialogue, encode_chats, load_form_reader, render
+from vlcache_triton.formreader import (
+    Task,
+    chat,
+    draw_dialogue,
+    encode_chats,
+    load_form_reader,
+    render,
+)
 from vlcache_triton.policies import adaptive_heads
 
-SETS = {"value": ("value",), "next": ("next",), "value3": ("value",) * 3}
+# As `vlcache eval` calls them, so that the split "test" has its pages.
+SETS: dict[str, tuple[Task, ...]] = {
+    "value": ("value",),
+    "next": ("next",),
+    "value, 3 turns": ("value",) * 3,
+    "count": ("count",),
+    "list": ("list",),
+}
 BUDGETS = (0.05, 0.1, 0.2)
 GRID = 24  # visual tokens of the embedded model lie on a square grid
 COPIES = 40  # candidates decoded on at once
@@ -54,7 +69,8 @@ class Seen(NamedTuple):
 @dataclass(frozen=True)
 class Candidate:
     """score: `[num_layers, num_kv_heads, m]`; rows: the last ones that sparsity is measured on;
-    half: layers lie half-way between sparsity-aware and uniform."""
+    half: layers lie half-way between sparsity-aware and uniform; remainder: a row of the budget
+    stands for what is evicted."""
 
     name: str
     score: Callable[[Seen], Tensor]
@@ -63,6 +79,7 @@ class Candidate:
     recent_fraction: float = 0.1
     shares_heads: bool = False
     half: bool = False
+    remainder: bool = False
 
     def keep(self, seen: Seen, budget: float) -> Tensor:
         """`[num_layers, num_kv_heads, m]` bool."""
@@ -74,12 +91,14 @@ class Candidate:
         mask = torch.zeros_like(scores, dtype=torch.bool)
         for layer in range(num_layers):
             count = int(keep[layer])
+            if self.remainder and 1 < count < length:
+                count -= 1
             recent = max(1, int(self.recent_fraction * count + 0.5))
             ranked = scores[layer].clone()
             ranked[:, length - recent :] = torch.inf
             counts = torch.full((num_kv_heads,), count)
             if self.shares_heads:
-                counts = adaptive_heads(ranked[None], keep[layer : layer + 1], SAFEGUARD)[0]
+                counts = adaptive_heads(ranked[None], torch.tensor([count]), SAFEGUARD)[0]
             for head in range(num_kv_heads):
                 mask[layer, head, ranked[head].topk(int(counts[head])).indices] = True
         return mask
@@ -127,6 +146,27 @@ def smooth_grid(scores: Tensor, image: int, width: int = 3) -> Tensor:
 def one_set(scores: Tensor) -> Tensor:
     """One ranking for the KV heads of a layer."""
     return scores.mean(1, keepdim=True).expand_as(scores)
+
+
+def maxima(rows: int | None, width: int = 3, group: str = "max") -> Callable[[Seen], Tensor]:
+    """The maximum over the last rows, smoothed over neighbours."""
+
+    def score(seen: Seen) -> Tensor:
+        attention = seen.attention if rows is None else seen.attention[:, :, -rows:]
+        return smooth(grouped(attention.amax(2), group), width)
+
+    return score
+
+
+def floored(scores: Tensor) -> Tensor:
+    """DefensiveKV's floor: the mean over the tokens."""
+    return scores.maximum(scores.mean(-1, keepdim=True))
+
+
+def random_scores(seen: Seen) -> Tensor:
+    """The floor under all tables."""
+    shape = grouped(last(seen)).shape
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0))
 
 
 def ramp(seen: Seen, power: int) -> Tensor:
@@ -188,8 +228,60 @@ CANDIDATES = [
     ),
     Candidate("rows weighted by a ramp, mean of 3", lambda s: smooth(grouped(ramp(s, 1)))),
     Candidate("rows weighted by a squared ramp, mean of 3", lambda s: smooth(grouped(ramp(s, 2)))),
+    Candidate("last 16, mean of 3, row and group maximum", maxima(16), 16),
+    *(
+        Candidate(f"last {n}, mean of 3, row and group maximum", maxima(n), n)
+        for n in (8, 12, 24, 32)
+    ),
+    Candidate("last 16, mean of 5, row and group maximum", maxima(16, 5), 16),
+    Candidate("last 16, row and group maximum", maxima(16, 1), 16),
+    Candidate("last 16, mean of 3, row and group maximum, uniform", maxima(16), 16, "uniform"),
+    Candidate("last 16, mean of 3, row and group maximum, sparsity of all rows", maxima(16)),
+    Candidate(
+        "last 16, mean of 3, row and group maximum, none recent",
+        maxima(16),
+        16,
+        recent_fraction=0.0,
+    ),
+    Candidate(
+        "last 16, mean of 3, row and group maximum, one set a layer",
+        lambda s: one_set(maxima(16)(s)),
+        16,
+    ),
+    Candidate(
+        "last 16, mean of 3, row and group maximum, floored at the mean",
+        lambda s: floored(maxima(16)(s)),
+        16,
+    ),
+    Candidate(
+        "last 16, mean of 3, row and group maximum, Ada-KV heads", maxima(16), 16, shares_heads=True
+    ),
+    Candidate("all post-vision rows, row and group maximum", maxima(None, 1)),
+    Candidate("all post-vision rows, mean of 3, row and group maximum", maxima(None)),
+    Candidate(
+        "all post-vision rows, row and group maximum, uniform", maxima(None, 1), None, "uniform"
+    ),
+    Candidate(
+        "all post-vision rows, row and group maximum, one set a layer",
+        lambda s: one_set(maxima(None, 1)(s)),
+    ),
+    Candidate("all post-vision rows, row maximum", maxima(None, 1, "mean")),
+    Candidate("all post-vision rows, group maximum", lambda s: grouped(last(s), "max")),
+    Candidate(
+        "all post-vision rows, row and group maximum, none recent",
+        maxima(None, 1),
+        recent_fraction=0.0,
+    ),
+    Candidate(
+        "all post-vision rows, row and group maximum, uniform, one set a layer",
+        lambda s: one_set(maxima(None, 1)(s)),
+        allocation="uniform",
+    ),
+    Candidate("paper, one set a layer", lambda s: one_set(grouped(last(s)))),
+    Candidate("random", random_scores, allocation="uniform", recent_fraction=0.0),
     Candidate("hindsight", lambda s: grouped(s.decoded), recent_fraction=0.0),
 ]
+CANDIDATES += [replace(c, name=f"{c.name}; a row", remainder=True) for c in CANDIDATES]
 
 
 class Study:
@@ -199,16 +291,19 @@ class Study:
         self.model, self.processor = load_form_reader()
         self.states: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.keep, self.length = torch.empty(0), 0  # [num_layers, copies, num_kv_heads, m]; m
+        self.remainder = torch.empty(0)  # [copies], which have a row for what is evicted
         AttentionInterface.register("study_record", self._record)
         AttentionInterface.register("study_mask", self._mask)
         AttentionMaskInterface.register("study_record", sdpa_mask)
         AttentionMaskInterface.register("study_mask", lambda *args, **kwargs: None)
 
     @torch.inference_mode()
-    def ask(self, name: str, index: int, budgets: tuple[float, ...]) -> dict[str, bool] | None:
+    def ask(
+        self, name: str, index: int, budgets: tuple[float, ...], split: str = "tune"
+    ) -> dict[str, bool] | None:
         """For each "budget|candidate", whether the answer survives; None where the full cache is
         wrong, or its answer is a single token."""
-        dialogue = draw_dialogue(f"tune-{name}-{index}", SETS[name])
+        dialogue = draw_dialogue(f"{split}-{name}-{index}", SETS[name])
         images, texts = [render(p) for p in dialogue.pages], [q.text for q in dialogue.questions]
         replies = [q.answer for q in dialogue.questions]
         first = encode_chats(self.processor, [chat(images, texts[:1])])
@@ -237,19 +332,21 @@ class Study:
             for start in range(0, len(CANDIDATES), COPIES):
                 some = CANDIDATES[start : start + COPIES]
                 self.keep = torch.stack([c.keep(seen, budget) for c in some], 1)
-                right = (self._read(read, len(some))[:, -len(judged) :] == judged).all(1)
+                self.remainder = torch.tensor([c.remainder for c in some])
+                chosen = self._logits(read, len(some)).argmax(-1)[:, -len(judged) :]
+                right = (chosen == judged).all(1)
                 for candidate, is_right in zip(some, right.tolist(), strict=True):
                     survived[f"{budget}|{candidate.name}"] = is_right
         return survived
 
-    def _read(self, ids: Tensor, copies: int) -> Tensor:
-        """The tokens chosen behind each of `ids`, `[copies, n]`, on the masked prompt."""
+    def _logits(self, ids: Tensor, copies: int) -> Tensor:
+        """What is said behind each of `ids`, `[copies, n, vocab_size]`, on the masked prompt."""
         position = torch.arange(self.length, self.length + len(ids))[None]
         with self._attention("study_mask"):
             out = self.model.model.language_model(
                 input_ids=ids.expand(copies, -1), position_ids=position, use_cache=False
             )
-        return self.model.lm_head(out.last_hidden_state).argmax(-1)
+        return self.model.lm_head(out.last_hidden_state)
 
     def look(self, prompt_ids: Tensor, num_decoded: int) -> Seen:
         """What the recorded prompt, and the last `num_decoded` rows behind it, attended to."""
@@ -277,18 +374,27 @@ class Study:
         return sdpa_attention_forward(module, q, k, v, mask, **kwargs)
 
     def _mask(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask, **kwargs: Any):
-        """New rows see the kept tokens of the recorded prompt, and one another."""
+        """New rows see what is kept of the recorded prompt, the row for the rest where there is
+        one, and one another."""
         prompt_k, prompt_v = (x[:, : self.length] for x in self.states[module.layer_idx][1:])
         copies, num_heads, n, _ = q.shape
         k, v = (
             torch.cat([old.expand(copies, -1, -1, -1), new], 2)
             for old, new in ((prompt_k, k), (prompt_v, v))
         )
-        keep = self.keep[module.layer_idx].repeat_interleave(num_heads // k.shape[1], 1)
-        causal = torch.ones(n, n, dtype=torch.bool).tril()
-        mask = torch.cat(
-            [keep[:, :, None].expand(-1, -1, n, -1), causal.expand(copies, num_heads, -1, -1)], 3
-        )
+        keep = self.keep[module.layer_idx]  # [copies, num_kv_heads, m]
+        evicted = (~keep & self.remainder[:, None, None]).to(k.dtype)
+        count = evicted.sum(-1, keepdim=True)
+        means = [
+            torch.einsum("chm,hmd->chd", evicted, x) / count.clamp(min=1)
+            for x in (prompt_k, prompt_v)
+        ]
+        k, v = (torch.cat([row[:, :, None], x], 2) for row, x in zip(means, (k, v), strict=True))
+        # log(0) hides the row that stands for nothing.
+        mask = torch.cat([count.log(), torch.where(keep, 0.0, -torch.inf)], 2)
+        mask = mask.repeat_interleave(num_heads // k.shape[1], 1)[:, :, None]
+        causal = torch.full((n, n), -torch.inf).triu(1)
+        mask = torch.cat([mask.expand(-1, -1, n, -1), causal.expand(copies, num_heads, -1, -1)], 3)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         return out.transpose(1, 2).contiguous(), None
 
@@ -303,23 +409,37 @@ def _attention(q: Tensor, k: Tensor) -> Tensor:
 
 
 def table(path: Path) -> str:
-    """Markdown: the share of answers that survive, with its 95 % interval, by candidate."""
-    counts: dict[str, list[bool]] = defaultdict(list)
+    """Markdown: the share of answers that survive by candidate and budget, with its 95 % interval;
+    then by set, and the mean over the sets."""
+    counts: dict[tuple[str, str, str], list[bool]] = defaultdict(list)  # set, budget, candidate
     asked: dict[str, int] = defaultdict(int)
     for line in map(json.loads, path.read_text().splitlines()):
         if line["survived"] is not None:
             asked[line["set"]] += 1
             for key, survived in line["survived"].items():
-                counts[key].append(survived)
-    budgets = sorted({key.partition("|")[0] for key in counts}, key=float)
-    names = list(dict.fromkeys(key.partition("|")[2] for key in counts))
+                budget, _, name = key.partition("|")
+                counts[line["set"], budget, name].append(survived)
+    budgets = sorted({budget for _, budget, _ in counts}, key=float)
+    names = list(dict.fromkeys(name for _, _, name in counts))
     rows = [f"| candidate | {' | '.join(f'{float(b):.0%}' for b in budgets)} |"]
     rows.append("|---|" + "---:|" * len(budgets))
     for name in names:
         cells = []
-        for found in (counts[f"{budget}|{name}"] for budget in budgets):
+        for budget in budgets:
+            found = [x for of in asked for x in counts[of, budget, name]]
             low, high = wilson_interval(sum(found), len(found))
             cells.append(f"{sum(found) / len(found):.3f} ({low:.2f} to {high:.2f})")
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    rows += ["", f"At {' / '.join(f'{float(b):.0%}' for b in budgets)}, by set:", ""]
+    rows.append(f"| candidate | {' | '.join(asked)} | mean of the sets |")
+    rows.append("|---|" + "---:|" * (len(asked) + 1))
+    for name in names:
+        shares = [
+            [sum(found) / len(found) for b in budgets if (found := counts[of, b, name])]
+            for of in asked
+        ]
+        means = [sum(column) / len(column) for column in zip(*shares, strict=True)]
+        cells = [" / ".join(f"{share:.2f}" for share in row) for row in (*shares, means)]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     number = ", ".join(f"{n} of {name}" for name, n in asked.items())
     return f"Answers that the full cache gives right: {number}.\n\n" + "\n".join(rows) + "\n"
@@ -329,8 +449,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("results", type=Path, help="JSON Lines, gone on from")
     parser.add_argument("--pages", type=int, default=30, help="of each set")
+    parser.add_argument("--sets", nargs="+", default=["value", "next", "value, 3 turns"])
     parser.add_argument("--table", type=Path, help="write the table here, too")
+    parser.add_argument(
+        "--split", default="tune", help="whose pages; `vlcache eval` asks about those of test"
+    )
+    parser.add_argument(
+        "--only", default="", help="candidates whose names this pattern is found in"
+    )
     arguments = parser.parse_args()
+    CANDIDATES[:] = [c for c in CANDIDATES if re.search(arguments.only, c.name)]
     done = set()
     if arguments.results.exists():
         lines = map(json.loads, arguments.results.read_text().splitlines())
@@ -338,9 +466,9 @@ def main() -> None:
     study = Study()
     with arguments.results.open("a") as file:
         for index in range(arguments.pages):
-            for name in SETS:
+            for name in arguments.sets:
                 if (name, index) not in done:
-                    survived = study.ask(name, index, BUDGETS)
+                    survived = study.ask(name, index, BUDGETS, arguments.split)
                     line = {"set": name, "index": index, "survived": survived}
                     file.write(json.dumps(line) + "\n")
                     file.flush()

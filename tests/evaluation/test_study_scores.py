@@ -20,7 +20,16 @@ NAMES = {
     "paper": VLCacheConfig(budget=0.1),
     "paper, uniform layers": VLCacheConfig(budget=0.1, allocation="uniform"),
     "last 16 rows, mean of 3": VLCacheConfig(budget=0.1, max_query_rows=16, smoothing=3),
-    "last 16, mean of 3, one set a layer": VLCacheConfig.tuned(budget=0.1),
+    "last 16, mean of 3, one set a layer": VLCacheConfig(
+        budget=0.1, max_query_rows=16, smoothing=3, granularity="layer"
+    ),
+    "paper; a row": VLCacheConfig(budget=0.1, remainder="mean"),
+    "last 16, mean of 3, row and group maximum": VLCacheConfig(
+        budget=0.1, max_query_rows=16, smoothing=3, row_reduction="max", group_reduction="max"
+    ),
+    "all post-vision rows, row and group maximum, one set a layer; a row": VLCacheConfig.tuned(
+        budget=0.1
+    ),
 }
 
 
@@ -63,6 +72,21 @@ def test_what_sees_everything_survives(study, monkeypatch):
     monkeypatch.setattr(study_scores, "CANDIDATES", [everything])
     for name in study_scores.SETS:
         assert study.ask(name, 1, (1.0,)) in (None, {"1.0|all": True})
+
+
+def test_a_row_is_the_compressed_caches(study, seen_and_recording):
+    """The logits behind a token of the answer, on the study's masks and on the cache itself."""
+    seen, recording = seen_and_recording
+    assert study.ask("value", 0, ()) == {}
+    chosen = candidate("all post-vision rows, row and group maximum, one set a layer; a row")
+    study.keep, study.remainder = chosen.keep(seen, 0.1)[:, None], torch.tensor([True])
+    ids = torch.tensor([40, 41, 42])
+    expected = study._logits(ids, 1)[0]
+    with vl_cache(study.model, VLCacheConfig(budget=1.0), cuda_graph=False), torch.no_grad():
+        plan = recording.plan_for(Variant("tuned", VLCacheConfig.tuned(budget=0.1)))
+        copies = recording.compress([plan])
+        out = study.model(input_ids=ids[None], past_key_values=copies, use_cache=True)
+    torch.testing.assert_close(out.logits[0], expected, atol=1e-3, rtol=0)
 
 
 def test_the_table_counts_survivors(tmp_path):

@@ -6,7 +6,7 @@ from .markdown import report
 from .plots import plot
 from .run import compare_all, evaluate_item, read_results, run
 from .summary import ALL_SUITES, Cell, names, summarise
-from .variants import BUDGETS, Variant, ablation, ceiling, rivals
+from .variants import BUDGETS, Variant, ablation, ceiling, rivals, with_rows
 
 __all__ = [
     "ALL_SUITES",
@@ -31,4 +31,5 @@ __all__ = [
     "rivals",
     "run",
     "summarise",
+    "with_rows",
 ]

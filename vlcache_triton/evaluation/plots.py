@@ -45,7 +45,8 @@ def draw_curves(cells: Sequence[Cell], suite: str) -> Figure:
             points.sort(key=lambda cell: cell.budget)
             x, y = [c.budget for c in points], [getattr(c, metric) for c in points]
             width = 2.2 if variant in EMPHASISED else 1.1
-            axes.plot(x, y, color=colour, marker="o", ms=3, lw=width, label=variant)
+            dashes = "--" if variant.endswith(" row") else "-"  # with a row for what is evicted
+            axes.plot(x, y, color=colour, ls=dashes, marker="o", ms=3, lw=width, label=variant)
             if metric == "retained" and variant in ("vl_cache", "tuned"):
                 low, high = [c.retained_low for c in points], [c.retained_high for c in points]
                 axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)

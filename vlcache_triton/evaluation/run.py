@@ -15,20 +15,24 @@ from vlcache_triton.integrations.transformers import vl_cache
 from .decode import Query, Reply, compressed_answers, full_answer, prefill
 from .items import Item
 from .metrics import anls, exact_match, token_agreement
-from .variants import BUDGETS, Variant, ablation, ceiling, rivals
+from .variants import BUDGETS, Variant, ablation, ceiling, rivals, with_rows
 
 # Compressed copies of a prompt that are decoded on at once.
 MAX_COPIES = 12
 MAX_COPY_BYTES = 2 * 1024**3
+# What is compared with a row for the evicted tokens, and without.
+REMAINDERS = ("vl_cache", "tuned", "random", "snapkv")
 
 #: Budget, and the prompt's hindsight attention, where there is any -> what to compare.
 Comparison = Callable[[float, Tensor | None], Sequence[Variant]]
 
 
 def compare_all(budget: float, attention: Tensor | None) -> list[Variant]:
-    """VL-Cache, its rivals, its ablation, and the hindsight oracle."""
+    """VL-Cache, its rivals, its ablation, and the hindsight oracle; some of them with a row for
+    what is evicted as well."""
     oracle = [] if attention is None else ceiling(budget, attention)
-    return rivals(budget) + ablation(budget) + oracle
+    some = [v for v in rivals(budget) if v.name in REMAINDERS]
+    return rivals(budget) + ablation(budget) + oracle + with_rows(some + oracle)
 
 
 def evaluate_item(

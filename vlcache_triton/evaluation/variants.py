@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -47,6 +48,18 @@ def ablation(budget: float) -> list[Variant]:
         Variant("post-vision, uniform", uniform),
         Variant("all rows, sparsity-aware", config, all_rows),
         Variant("all rows, uniform", uniform, all_rows),
+    ]
+
+
+def with_rows(variants: Sequence[Variant]) -> list[Variant]:
+    """The same with a row of the budget for what is evicted; without it, where one has it."""
+    return [
+        replace(
+            v,
+            name=f"{v.name}, no row" if v.config.remainder == "mean" else f"{v.name}, a row",
+            config=replace(v.config, remainder="none" if v.config.remainder == "mean" else "mean"),
+        )
+        for v in variants
     ]
 
 
