@@ -40,7 +40,7 @@ class VLCacheConfig:
         smoothing: average the scores over this many neighbouring tokens before they are ranked, an
             odd int; 1 ranks them as they are (the paper).
         remainder: "mean" lets one row of each KV head's budget stand for all that it evicts: their
-            mean K and V, with the weight of their number (docs/recipe.md); "none" lets the
+            mean K and V, with the weight of their number (docs/remainder.md); "none" lets the
             softmax share their weight out among the kept tokens (the paper).
         max_query_rows: use only the last this many post-vision rows as queries; None uses all.
         text_window: for a prompt without an image: use its last this many rows as post-vision

@@ -114,13 +114,9 @@ def test_equals_reference(device: torch.device, shapes: dict[str, Any]) -> None:
 BIASED = (
     "one row, one key",
     "odd lengths",
-    "2000 keys on pages",
     "16 rows of 7 heads",
-    "rows of all lengths",
     "empty sequences",
-    "no keys",
     "no sequences",
-    "live keys",
     "ragged",
     "ragged pages, 3 rows",
     "head size 256, fp32",

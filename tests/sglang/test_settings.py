@@ -47,6 +47,19 @@ def test_what_does_not_fit_is_refused_by_its_variables_name(environ, message):
     assert str(error.value).startswith(message)
 
 
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"VLCACHE_REMAINDER": "mean"},
+        {"VLCACHE_CONFIG": '{"row_reduction": "max"}'},
+        {"VLCACHE_GROUP_REDUCTION": "max"},
+    ],
+)
+def test_what_is_not_served_here_is_refused_by_its_variables_name(environ):
+    with pytest.raises(NotImplementedError, match=r"^VLCACHE_(REMAINDER|ROW|GROUP).*in SGLang"):
+        read_settings(environ)
+
+
 def test_the_logged_line_says_what_is_on():
     line = read_settings({"VLCACHE_BUDGET": "0.1", "VLCACHE_SMOOTHING": "3"}).describe()
     assert "10% of the prompt's KV cache (smoothing=3)" in line
