@@ -18,7 +18,10 @@ WRONG = {
     "max_layer_budget": (0.001, 1.1, "1", None, True, float("nan")),
     "allocation": ("magic", None, 1, ["uniform"], np.array([1, 2])),
     "granularity": ("head", None, True, {"layer"}),
+    "row_reduction": ("mean", None, 1, ["max"]),
+    "group_reduction": ("sum", None, True, {"max"}),
     "smoothing": (0, 2, 3.0, "3", None, True),
+    "remainder": ("sum", None, True, 1, ("mean",)),
     "max_query_rows": (0, -3, 2.0, "16", False),
     "text_window": (0, 1.5, "16", True),
 }
