@@ -37,6 +37,14 @@ def test_every_variant_has_a_colour_and_an_interval_has_its_lines():
     assert [text.get_text() for text in legend.get_texts()] == [*shown, "full cache"]
 
 
+def test_a_variant_with_a_row_has_its_others_colour_and_dashes():
+    cells = [cell(v, b) for v in ("vl_cache", "vl_cache, a row", "tuned") for b in (0.1, 0.2)]
+    lines = {line.get_label(): line for line in draw_curves(cells, "value").axes[0].lines}
+    with_row, without = lines["vl_cache, a row"], lines["vl_cache"]
+    assert with_row.get_color() == without.get_color() != lines["tuned"].get_color()
+    assert (with_row.get_linestyle(), without.get_linestyle()) == ("--", "-")
+
+
 @pytest.mark.parametrize(
     "budgets",
     [BUDGETS, (0.05, 0.1, 0.2, 0.4), (0.1,), (1.0,), (0.001, 0.5, 0.55, 0.6, 0.65, 0.9, 0.95)],

@@ -11,6 +11,7 @@ from vlcache_triton.evaluation import Query, Variant
 from vlcache_triton.evaluation.decode import prefill
 from vlcache_triton.formreader import chat, draw_dialogue, encode_chats, render
 from vlcache_triton.integrations.transformers import vl_cache
+from vlcache_triton.integrations.transformers.names import CACHE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "accuracy"))
 
@@ -85,7 +86,7 @@ def test_a_row_is_the_compressed_caches(study, seen_and_recording):
     with vl_cache(study.model, VLCacheConfig(budget=1.0), cuda_graph=False), torch.no_grad():
         plan = recording.plan_for(Variant("tuned", VLCacheConfig.tuned(budget=0.1)))
         copies = recording.compress([plan])
-        out = study.model(input_ids=ids[None], past_key_values=copies, use_cache=True)
+        out = study.model(input_ids=ids[None], **{CACHE: copies}, use_cache=True)
     torch.testing.assert_close(out.logits[0], expected, atol=1e-3, rtol=0)
 
 

@@ -39,13 +39,15 @@ def draw_curves(cells: Sequence[Cell], suite: str) -> Figure:
     here = [c for c in cells if c.suite == suite]
     cells_left_out = {name for key, name in ABLATION.items() if name != "vl_cache"}
     variants = [v for v in names(here, "variant") if v not in cells_left_out and v != "full"]
+    bases = dict.fromkeys(map(_base, variants))
+    colours = dict(zip(bases, cycle(COLOURS), strict=False))
     for axes, (metric, label) in zip(panels, METRICS.items(), strict=True):
-        for variant, colour in zip(variants, cycle(COLOURS), strict=False):
+        for variant in variants:
+            colour, dashes = colours[_base(variant)], "-" if variant == _base(variant) else "--"
             points = [c for c in here if c.variant == variant and getattr(c, metric) is not None]
             points.sort(key=lambda cell: cell.budget)
             x, y = [c.budget for c in points], [getattr(c, metric) for c in points]
             width = 2.2 if variant in EMPHASISED else 1.1
-            dashes = "--" if variant.endswith(" row") else "-"  # with a row for what is evicted
             axes.plot(x, y, color=colour, ls=dashes, marker="o", ms=3, lw=width, label=variant)
             if metric == "retained" and variant in ("vl_cache", "tuned"):
                 low, high = [c.retained_low for c in points], [c.retained_high for c in points]
@@ -57,7 +59,9 @@ def draw_curves(cells: Sequence[Cell], suite: str) -> Figure:
         axes.set(xlabel="kept of the cache", ylabel=label, ylim=(-0.02, 1.02))
         axes.grid(alpha=0.25)
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(len(labels), 8), fontsize=8
+    )
     num_items = max((c.num_items for c in here), default=0)
     figure.suptitle(f"{suite}: {num_items} items (shaded: 95 % interval)")
     return figure
@@ -77,3 +81,8 @@ def _mark_budgets(axes: Any, budgets: Sequence[float]) -> None:
     axes.set_xticks(budgets, texts)
     axes.set_xlim(low, high)
     axes.minorticks_off()
+
+
+def _base(variant: str) -> str:
+    """The variant that this one is, but for a row for what is evicted, which it has or lacks."""
+    return variant.removesuffix(", a row").removesuffix(", no row")
