@@ -78,7 +78,7 @@ def test_a_policy_with_a_row_for_the_rest(family, policy):
 
 def test_another_policy_does_not_stream(family):
     with (
-        vl_cache(family.model, CONFIG, policy=snapkv(), streaming=True),
         pytest.raises(NotImplementedError, match="streaming: got True with the policy 'snapkv'"),
+        vl_cache(family.model, CONFIG, policy=snapkv(), streaming=True),
     ):
         family.model.generate(**family.inputs(LONG), **GREEDY)
