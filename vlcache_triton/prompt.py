@@ -76,7 +76,7 @@ class Prompt:
 
     def seqused(self, device: torch.device) -> Tensor:
         """`[num_seqs]` int32: tokens of each prompt, behind its start."""
-        return torch.tensor(self.lengths, dtype=torch.int32, device=device)
+        return to_device(torch.tensor(self.lengths, dtype=torch.int32), device)
 
     def pack_query_rows(self, q: Tensor) -> Tensor:
         """The post-vision rows of q `[num_seqs, num_heads, n, d]`, packed `[total_q, heads, d]`.
