@@ -37,10 +37,13 @@ def vlcache_attention(
     """
     layer = getattr(key, "vlcache_layer", None)  # set by VLCacheLayer.update, a line before
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if layer is not None and attention_mask is not None:
+        layer.check_mask(attention_mask)
     if layer is not None and (decoded := layer.attend(query, key, value, scale)) is not None:
         return decoded, None
     prompt = prefilling.get()
-    if layer is not None and prompt is not None and attention_mask is None and dropout == 0:
+    is_dense = attention_mask is None and dropout == 0 and query.shape[2] == key.shape[2]
+    if layer is not None and prompt is not None and is_dense:
         out = prefill_attention(query, key, value, prompt, scale)
     else:
         out, _ = sdpa_attention_forward(
@@ -62,7 +65,11 @@ def vlcache_mask(
 ) -> Tensor | None:
     """SDPA's mask. None for a compressed cache, which reports a key length of 0, and for the plain
     causal prefill of a prompt."""
-    is_causal_prefill = prefilling.get() is not None and mask_function is causal_mask_function
+    is_causal_prefill = (
+        prefilling.get() is not None
+        and mask_function is causal_mask_function
+        and q_length == kv_length
+    )
     if kv_length == 0 or is_causal_prefill:
         return None
     return sdpa_mask(

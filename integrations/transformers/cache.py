@@ -97,6 +97,9 @@ class VLCache(Cache):
         self.ragged: RaggedCache | None = None
         self.windows: WindowRings | None = None
         self.num_seen = 0  # tokens, while compressed
+        self.pads: tuple[int, ...] = ()  # of each sequence
+        # Of the last rows of the latest pass `[..., num_seqs, 1]`, if it was given any.
+        self.position_ids: Tensor | None = None
         self._step_rows = 0
         self._compressor: PromptCompressor | None = None
         self._report: CompressionReport | None = None
@@ -120,15 +123,23 @@ class VLCache(Cache):
         return self.will_compress and self.ragged is not None
 
     @property
+    def num_seqs(self) -> int:
+        """Sequences of the batch."""
+        return len(self.pads)
+
+    @property
     def is_in_step(self) -> bool:
         """Whether a forward pass over the compressed cache is running."""
         return self._step_rows > 0
 
-    def begin(self, prompt: Prompt) -> None:
-        """Announce the prompt whose forward pass comes next; the cache must be empty."""
-        if self.get_seq_length() != 0:
-            raise ValueError(f"cache: got {self.get_seq_length()} tokens in it, expected none")
-        self.prompt = prompt
+    def begin(self, prompt: Prompt, num_past: int = 0) -> None:
+        """Announce the prompt whose forward pass comes next; its first num_past tokens are all
+        that is in the cache, whole."""
+        if self.get_seq_length() != num_past or self.ragged is not None:
+            raise ValueError(
+                f"cache: got {self.get_seq_length()} tokens in it, expected {num_past}"
+            )
+        self.prompt, self.pads, self.num_seen = prompt, prompt.pads, num_past
 
     def begin_step(self, num_rows: int) -> None:
         """Announce a forward pass of `num_rows` tokens a sequence over the compressed cache."""
@@ -220,6 +231,7 @@ class VLCache(Cache):
             layer.batch_select_indices(indices)
         if self.ragged is not None:
             self.ragged.select_sequences(indices)
+            self.pads = tuple(self.pads[i] for i in indices.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,31 +17,47 @@ from transformers import PreTrainedModel
 from vlcache_triton import VLCacheConfig
 from vlcache_triton.backend import BackendName, get_backend
 from vlcache_triton.policies import VL_CACHE, Policy
-from vlcache_triton.prompt import Prompt, read_prompt
 from vlcache_triton.report import CompressionReport
 
-from .attention import NAME, prefilling, register
+from .attention import NAME, register
 from .cache import MAX_HEAD_ROOM, VLCache
 from .generate import check_stopping, lean_loop, static_warpers
 from .graph import DecodeGraphs, graphed_forward
 from .names import CACHE, rename_cache
+from .passes import check_cache, hook_passes, models_of, named_arguments
 from .support import (
     check_choices,
     check_generate,
     check_lean,
     check_mode,
     check_model,
-    unobserved,
     warn_of_version,
 )
+
+
+@dataclass
+class _Run:
+    """One `generate`: the tokens it was given, the cache it decodes on, whether its mask has been
+    read."""
+
+    input_ids: Any
+    cache: VLCache | None = None
+    has_read_mask: bool = False
+
+
+class _Own(threading.local):
+    """What each thread has of its own: the cache of its latest prompt, and its `generate`."""
+
+    cache: VLCache | None = None
+    run: _Run | None = None
 
 
 class Session:
     """What happens inside one `vl_cache` block.
 
     config: the choices of compression.
-    cache: the VLCache of the latest prompt, None before the first.
-    generating: that of the `generate` that is running.
+    cache: the VLCache of the latest prompt that this thread has read, of any thread where it has
+        read none; None before the first.
     is_open: False once the block has ended; the report stays.
     graphs: the captured decode steps.
     """
@@ -55,8 +74,9 @@ class Session:
         self.model, self.config, self.policy, self.backend = model, config, policy, backend
         self.streaming = streaming
         self.is_open = True  # until the block ends
-        self.cache: VLCache | None = None
-        self.generating: VLCache | None = None
+        self._latest: VLCache | None = None
+        self._own = _Own()
+        self._has_said_whole = False
         self.graphs = DecodeGraphs(model.device, can_capture=cuda_graph)
         self._packs_whole = cuda_graph
         self._forward = model.forward
@@ -69,7 +89,7 @@ class Session:
             ValueError: after the block, where the model would not compress it.
         """
         self._check_open("new_cache")
-        self.cache = VLCache(
+        cache = VLCache(
             self.model.config,
             self.config,
             policy=self.policy,
@@ -78,11 +98,22 @@ class Session:
             streaming=self.streaming,
             graphs=self.graphs if self._packs_whole else None,
         )
-        return self.cache
+        self.cache = cache
+        return cache  # not self.cache: another thread may have set that by now
+
+    @property
+    def cache(self) -> VLCache | None:
+        return self._latest if self._own.cache is None else self._own.cache
+
+    @cache.setter
+    def cache(self, cache: VLCache | None) -> None:
+        self._latest = self._own.cache = cache
 
     def report(self) -> CompressionReport | None:
-        """What was kept of the latest prompt; None where nothing was compressed."""
-        return None if self.cache is None else self.cache.report()
+        """What was kept of the latest prompt, as `cache` has it; None where nothing was
+        compressed."""
+        cache = self.cache
+        return None if cache is None else cache.report()
 
     def generate(
         self, *, on_tokens: Callable[[Tensor], None] | None = None, **kwargs: Any
@@ -110,6 +141,48 @@ class Session:
         loop = lean_loop(self.graphs, self._forward, on_tokens)
         generate: Any = self.model.generate
         return generate(**kwargs, custom_generate=loop)
+
+    @contextmanager
+    def generating(self, input_ids: Any) -> Iterator[None]:
+        """Round a `generate` of this thread over these tokens; the cache that it decodes on is
+        the session's at its end. (Guidance reads prompts of its own in between.)"""
+        outer, self._own.run = self._own.run, _Run(input_ids)
+        try:
+            yield
+            self.cache = self._own.run.cache or self.cache
+        finally:
+            self._own.run = outer
+
+    def decodes_on(self, cache: VLCache) -> None:
+        """Note the cache of the `generate` that is running."""
+        if self._own.run is not None:
+            self._own.run.cache = cache
+
+    def ids_of(self, embeddings: Tensor | None) -> Tensor | None:
+        """The tokens that the running `generate` was given beside these embeddings
+        `[num_seqs, length, hidden_size]`; None where it was given none."""
+        ids = self._own.run.input_ids if self._own.run is not None else None
+        if embeddings is None or not isinstance(ids, Tensor) or ids.ndim != 2:
+            return None
+        num_seqs, length = embeddings.shape[:2]
+        if ids.shape[1] != length or num_seqs % len(ids):
+            return None
+        return ids.repeat_interleave(num_seqs // len(ids), 0)  # as beams are
+
+    def has_read_mask(self, cache: VLCache) -> bool:
+        """Whether the `generate` that runs on this cache has had its mask read: from the second
+        time it is asked."""
+        run = self._own.run
+        if run is None or run.cache is not cache:
+            return False
+        had_read, run.has_read_mask = run.has_read_mask, True
+        return had_read
+
+    def say_whole(self, reason: str) -> None:
+        """Warn, once, that an image is left whole."""
+        if not self._has_said_whole:
+            self._has_said_whole = True
+            warnings.warn(f"vl_cache: {reason}: these tokens are left whole", stacklevel=3)
 
     def _check_open(self, name: str) -> None:
         if not self.is_open:
@@ -171,19 +244,18 @@ def vl_cache(
     register()
     with ExitStack() as undo:
         undo.callback(setattr, session, "is_open", False)
-        _override(model, "generate", _checked_generate(model, session), undo)
         _override(model, "generate_batch", _refuse_generate_batch, undo)
-        prepare = _prepare_cache(model._prepare_cache_for_generation, session)
-        _override(model, "_prepare_cache_for_generation", prepare, undo)
+        for part in models_of(model):  # BLIP-2's generate is one of its language model
+            if not part.can_generate():
+                continue
+            _override(part, "generate", _checked_generate(part, session), undo)
+            prepare = _prepare_cache(part._prepare_cache_for_generation, session)
+            _override(part, "_prepare_cache_for_generation", prepare, undo)
         if cuda_graph:
             _override(model, "forward", graphed_forward(session.graphs, model.forward), undo)
-        before = model.register_forward_pre_hook(_begin(session), with_kwargs=True)
-        undo.callback(before.remove)
-        after = model.register_forward_hook(_end, with_kwargs=True)
-        undo.callback(after.remove)
+        hook_passes(model, session, undo)
         # On the internal attribute: the public setter would pass it on to the vision tower.
         previous = text_config._attn_implementation_internal
-        undo.callback(prefilling.set, None)
         undo.callback(setattr, text_config, "_attn_implementation_internal", previous)
         text_config._attn_implementation_internal = NAME
         yield session
@@ -202,30 +274,17 @@ def _checked_generate(model: PreTrainedModel, session: Session) -> Any:
     generate: Any = model.generate
 
     @functools.wraps(generate)
-    def checked(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def checked(*args: Any, **kwargs: Any) -> Any:
         kwargs = rename_cache(kwargs)
-        given = {"input_ids": inputs, **kwargs} if inputs is not None else kwargs
-        if args:
-            given = {"generation_config": args[0], **given}
-        _check_cache(given.get(CACHE))
+        given = named_arguments(generate, args, kwargs)
+        if given.get("inputs") is not None:
+            given["input_ids"] = given.pop("inputs")
+        check_cache(given.get(CACHE))
         check_generate(model, given)
-        try:
-            output = generate(inputs, *args, **kwargs)
-            # Guidance reads prompts of its own in between.
-            session.cache = session.generating or session.cache
-            return output
-        finally:
-            session.generating = None
+        with session.generating(given.get("input_ids")):
+            return generate(*args, **kwargs)
 
     return checked
-
-
-def _check_cache(cache: Any) -> None:
-    if cache is not None and not isinstance(cache, VLCache):
-        raise ValueError(
-            f"{CACHE}: got {type(cache).__name__}, expected a VLCache"
-            " (session.new_cache()) or None inside a vl_cache block"
-        )
 
 
 def _refuse_generate_batch(*args: Any, **kwargs: Any) -> None:
@@ -242,74 +301,7 @@ def _prepare_cache(original: Any, session: Session) -> Any:
             model_kwargs[CACHE] = session.new_cache(
                 generation_config.max_new_tokens or MAX_HEAD_ROOM
             )
-        session.generating = model_kwargs[CACHE]
+        session.decodes_on(model_kwargs[CACHE])
         return original(generation_config, model_kwargs, generation_mode, *args, **kwargs)
 
     return prepare
-
-
-def _begin(session: Session) -> Any:
-    """A forward pre-hook: tell the cache about the prompt, or the step, that comes."""
-
-    def begin(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        prefilling.set(None)
-        kwargs = rename_cache(kwargs)
-        cache = kwargs.get(CACHE)
-        if cache is None:
-            if kwargs.get("use_cache") is False or model.training:
-                return None
-            cache = session.new_cache()
-            kwargs = {**kwargs, CACHE: cache, "use_cache": True}
-        _check_cache(cache)
-        session.cache = cache
-        input_ids = kwargs.get("input_ids", args[0] if args else None)
-        if cache.ragged is not None:
-            tokens = kwargs["inputs_embeds"] if input_ids is None else input_ids
-            cache.begin_step(tokens.shape[1])
-        elif cache.get_seq_length() == 0:
-            cache.begin(_read_prompt(model, input_ids, kwargs, cache))
-            # A lossless prompt takes the stock path, bit for bit.
-            prefilling.set(cache.prompt if cache.will_pack else None)
-        return args, kwargs
-
-    return begin
-
-
-def _read_prompt(
-    model: PreTrainedModel, input_ids: Tensor | None, kwargs: dict, cache: VLCache
-) -> Prompt:
-    if input_ids is None:
-        raise NotImplementedError(
-            "inputs_embeds: got embeddings alone, expected input_ids, which show where images lie"
-        )
-    mask = kwargs.get("attention_mask")
-    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-        raise NotImplementedError("attention_mask: expected [num_seqs, length] or None")
-    is_visual = visual_tokens(model, input_ids, kwargs.get("mm_token_type_ids"))
-    return read_prompt(is_visual, mask, cache.config, cache.policy)
-
-
-def _end(model: PreTrainedModel, args: tuple, kwargs: dict, output: Any) -> None:
-    """A forward hook: count the step's tokens, and see that the prompt was compressed."""
-    cache = kwargs.get(CACHE)
-    if not isinstance(cache, VLCache):
-        return
-    prefilling.set(None)
-    cache.end_step()
-    if cache.will_compress and not cache.is_compressed:
-        raise unobserved(model)
-
-
-def visual_tokens(
-    model: PreTrainedModel, input_ids: Tensor, mm_token_type_ids: Tensor | None = None
-) -> Tensor:
-    """`[num_seqs, length]` bool: image and video tokens, by their ids or by the processor's types.
-
-    `token_type_ids` is never used: models give it other meanings.
-    """
-    names = ("image_token_id", "video_token_id", "image_token_index", "video_token_index")
-    ids = {getattr(model.config, name, None) for name in names} - {None}
-    is_visual = torch.isin(input_ids, torch.tensor(sorted(ids), device=input_ids.device))
-    if mm_token_type_ids is not None and mm_token_type_ids.shape == input_ids.shape:
-        is_visual = is_visual | (mm_token_type_ids.to(input_ids.device) > 0)
-    return is_visual

@@ -138,10 +138,10 @@ def lean_loop(
         penalties = [x for x in processors if type(x) is RepetitionPenaltyLogitsProcessor]
         penalty = penalties[0].penalty if penalties else None
         warpers = [x for x in processors if x not in penalties]
-        position_ids = kwargs["position_ids"][..., -1:] + 1
         num_new = config.max_length - input_ids.shape[1]
         output = model._prefill(input_ids, config, kwargs)
         logits = output.logits[:, -1]
+        position_ids = _next_position(cache, logits)
         position_ids = position_ids.expand(*position_ids.shape[:-2], len(logits), 1)
         seen = _penalised(penalties[0], input_ids, logits) if penalties else None
 
@@ -181,6 +181,14 @@ def lean_loop(
         return torch.cat([input_ids, new_tokens], 1)
 
     return decode
+
+
+def _next_position(cache: VLCache, logits: Tensor) -> Tensor:
+    """`[..., num_seqs, 1]`: behind the last that the prompt's pass was given. Where it was given
+    none, models count the tokens in the cache, pads included."""
+    if cache.position_ids is None:
+        return torch.full((1, 1), cache.num_seen, device=logits.device)
+    return cache.position_ids + 1
 
 
 def _take_over(cache: VLCache, graphs: DecodeGraphs) -> None:

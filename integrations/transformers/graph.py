@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Hashable
@@ -99,20 +100,25 @@ class DecodeGraphs:
         self.device, self.can_capture = device, can_capture
         self.num_captures = 0
         self._loans: list[Loan] = []
+        self._lending = threading.Lock()  # threads of one session must not get the same
 
     def allocate(
         self, borrower: VLCache, capacity: int, max_seqlen_k: int, *shape: Any
     ) -> RaggedCache:
         """A ragged cache of bucketed size for `borrower`: a free one that fits, or a new one."""
         capacity, max_seqlen_k = round_up(capacity), round_up(max_seqlen_k)
+        with self._lending:
+            return self._lend(borrower, capacity, max_seqlen_k, *shape)
+
+    def _lend(self, borrower: VLCache, *shape: Any) -> RaggedCache:
         free = [loan for loan in self._loans if loan.borrower is None]
         for loan in free:
-            if loan.ragged.fits(capacity, max_seqlen_k, *shape):
+            if loan.ragged.fits(*shape):
                 loan.lend_to(borrower)
                 return loan.ragged
         if free and len(self._loans) >= MAX_LOANS:
             self._loans.remove(free[0])
-        self._loans.append(Loan(RaggedCache(capacity, max_seqlen_k, *shape), borrower))
+        self._loans.append(Loan(RaggedCache(*shape), borrower))
         return self._loans[-1].ragged
 
     def lend_windows(self, borrower: VLCache, *shape: Any) -> WindowRings:

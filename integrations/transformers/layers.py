@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -30,6 +31,18 @@ class OwnedLayer:
         if owner is None:
             raise RuntimeError("VLCacheLayer: its VLCache is gone, expected it to be kept alive")
         return owner
+
+    def check_mask(self, mask: Tensor) -> None:
+        """Refuse a mask or bias that a language model hands to its attention, where compression
+        would not know of it. (Boolean ones of a prompt are Transformers' own, such as Gemma3's,
+        whose images see all of themselves.)"""
+        owner = self.owner
+        if owner.ragged is not None or (owner.will_pack and mask.dtype != torch.bool):
+            raise NotImplementedError(
+                f"attention_mask: got {mask.dtype} {list(mask.shape)} in the attention of a layer"
+                f" {'that is compressed' if owner.ragged is not None else 'to be compressed'},"
+                " expected None: VL-Cache has no additive bias and no mask"
+            )
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: compression cannot be rolled back."""
@@ -63,7 +76,7 @@ class VLCacheLayer(OwnedLayer, DynamicLayer):
                 "VLCache: got rows of a prompt that nobody announced, expected a forward pass"
                 " inside a vl_cache block"
             )
-        if not owner.will_pack:
+        if not owner.will_pack or self.keys is not None:
             keys, values = super().update(key_states, value_states, *args, **kwargs)
             return _tagged(keys, self), values
         # Borrowed, not copied: compression soon takes what it keeps.

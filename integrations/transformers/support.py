@@ -170,7 +170,7 @@ def check_model(model: PreTrainedModel) -> None:
         NotImplementedError: naming the model type and the reason.
     """
     check_config(model.config)
-    text_model = _text_model(model, model.config.get_text_config(decoder=True))
+    text_model = text_model_of(model)
     if not text_model._can_set_attn_implementation():
         raise _unsupported(model.config, "its attention does not go through AttentionInterface")
     for module in text_model.modules():
@@ -248,8 +248,9 @@ def check_mode(mode: GenerationMode) -> None:
         )
 
 
-def _text_model(model: PreTrainedModel, text_config: PreTrainedConfig) -> PreTrainedModel:
+def text_model_of(model: PreTrainedModel) -> PreTrainedModel:
     """The smallest submodel whose configuration is the text configuration."""
+    text_config = model.config.get_text_config(decoder=True)
     owners = [
         module
         for module in model.modules()

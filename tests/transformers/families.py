@@ -72,6 +72,14 @@ def build(name: str, **text) -> Family:
     """A family's tiny model with sharp attention: random weights alone attend to all alike."""
     torch.manual_seed(0)
     model, image, pixels = getattr(tiny_models, name)(**text)
+    family = Family(name, sharpened(model), image, pixels)
+    with torch.no_grad():  # at the first such call Transformers hooks the model up, once for all
+        model(**family.inputs(SHORT), output_attentions=True)
+    return family
+
+
+def sharpened(model: hf.PreTrainedModel) -> hf.PreTrainedModel:
+    """The model with sharp attention, ready for greedy decoding without an end."""
     model = model.eval().float()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
@@ -82,7 +90,4 @@ def build(name: str, **text) -> Family:
             elif "q_proj" in parameter_name or "k_proj" in parameter_name:
                 parameter.mul_(12.0)
     model.generation_config.update(pad_token_id=0, bos_token_id=1, eos_token_id=None)
-    family = Family(name, model, image, pixels)
-    with torch.no_grad():  # at the first such call Transformers hooks the model up, once for all
-        model(**family.inputs(SHORT), output_attentions=True)
-    return family
+    return model
