@@ -10,6 +10,7 @@ if find_spec("transformers") is None:
     )
 
 from .cache import VLCache
-from .context import Session, vl_cache
+from .context import vl_cache
+from .session import Session
 
 __all__ = ["Session", "VLCache", "vl_cache"]

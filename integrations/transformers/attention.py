@@ -37,8 +37,11 @@ def vlcache_attention(
     """
     layer = getattr(key, "vlcache_layer", None)  # set by VLCacheLayer.update, a line before
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if layer is not None and attention_mask is not None:
-        layer.check_mask(attention_mask)
+    if kwargs.get("softcap") is not None:  # SDPA would ignore it
+        raise NotImplementedError(f"softcap: got {kwargs['softcap']}, expected None with vl_cache")
+    for bias in (attention_mask, kwargs.get("position_bias"), kwargs.get("s_aux")):
+        if layer is not None and bias is not None:
+            layer.check_mask(bias)
     if layer is not None and (decoded := layer.attend(query, key, value, scale)) is not None:
         return decoded, None
     prompt = prefilling.get()

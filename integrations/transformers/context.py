@@ -3,192 +3,31 @@
 from __future__ import annotations
 
 import functools
-import threading
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlcache_triton import VLCacheConfig
 from vlcache_triton.backend import BackendName, get_backend
 from vlcache_triton.policies import VL_CACHE, Policy
-from vlcache_triton.report import CompressionReport
 
 from .attention import NAME, register
-from .cache import MAX_HEAD_ROOM, VLCache
-from .generate import check_stopping, lean_loop, static_warpers
-from .graph import DecodeGraphs, graphed_forward
+from .cache import MAX_HEAD_ROOM
+from .graph import graphed_forward
 from .names import CACHE, rename_cache
 from .passes import check_cache, hook_passes, models_of, named_arguments
+from .session import Session
 from .support import (
     check_choices,
     check_generate,
-    check_lean,
+    check_kind,
     check_mode,
     check_model,
     warn_of_version,
 )
-
-
-@dataclass
-class _Run:
-    """One `generate`: the tokens it was given, the cache it decodes on, whether its mask has been
-    read."""
-
-    input_ids: Any
-    cache: VLCache | None = None
-    has_read_mask: bool = False
-
-
-class _Own(threading.local):
-    """What each thread has of its own: the cache of its latest prompt, and its `generate`."""
-
-    cache: VLCache | None = None
-    run: _Run | None = None
-
-
-class Session:
-    """What happens inside one `vl_cache` block.
-
-    config: the choices of compression.
-    cache: the VLCache of the latest prompt that this thread has read, of any thread where it has
-        read none; None before the first.
-    is_open: False once the block has ended; the report stays.
-    graphs: the captured decode steps.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        config: VLCacheConfig,
-        policy: Policy,
-        backend: BackendName,
-        cuda_graph: bool,
-        streaming: bool,
-    ) -> None:
-        self.model, self.config, self.policy, self.backend = model, config, policy, backend
-        self.streaming = streaming
-        self.is_open = True  # until the block ends
-        self._latest: VLCache | None = None
-        self._own = _Own()
-        self._has_said_whole = False
-        self.graphs = DecodeGraphs(model.device, can_capture=cuda_graph)
-        self._packs_whole = cuda_graph
-        self._forward = model.forward
-
-    def new_cache(self, max_new_tokens: int = MAX_HEAD_ROOM) -> VLCache:
-        """An empty cache for manual loops and dialogues, to hand over as `cache`, or by the name
-        that older Transformers have for it, `past_key_values`: either does, whichever is installed.
-
-        Raises:
-            ValueError: after the block, where the model would not compress it.
-        """
-        self._check_open("new_cache")
-        cache = VLCache(
-            self.model.config,
-            self.config,
-            policy=self.policy,
-            max_new_tokens=max_new_tokens,
-            backend=self.backend,
-            streaming=self.streaming,
-            graphs=self.graphs if self._packs_whole else None,
-        )
-        self.cache = cache
-        return cache  # not self.cache: another thread may have set that by now
-
-    @property
-    def cache(self) -> VLCache | None:
-        return self._latest if self._own.cache is None else self._own.cache
-
-    @cache.setter
-    def cache(self, cache: VLCache | None) -> None:
-        self._latest = self._own.cache = cache
-
-    def report(self) -> CompressionReport | None:
-        """What was kept of the latest prompt, as `cache` has it; None where nothing was
-        compressed."""
-        cache = self.cache
-        return None if cache is None else cache.report()
-
-    def generate(
-        self, *, on_tokens: Callable[[Tensor], None] | None = None, **kwargs: Any
-    ) -> Tensor:
-        """`model.generate(**kwargs)` with a lean loop: the same tokens, less work a token.
-
-        Sampling runs inside the captured step, and the host reads tokens back a few steps behind.
-        Greedy and sampled decoding with temperature, top_k, top_p, min_p, repetition_penalty,
-        max_new_tokens and eos_token_id; `model.generate` has the rest.
-
-        Args:
-            on_tokens: called with each step's tokens, `[num_seqs]` int64 on the host, in order.
-
-        Returns:
-            `[num_seqs, prompt + new]` int64, as `model.generate` returns it.
-
-        Raises:
-            NotImplementedError: for what the lean loop does not do, before any work.
-            ValueError: after the block, which the loop decodes in.
-        """
-        self._check_open("generate")
-        check_lean(self.model, kwargs)
-        static_warpers(kwargs.get("logits_processor") or [])
-        check_stopping(kwargs.get("stopping_criteria") or [])
-        loop = lean_loop(self.graphs, self._forward, on_tokens)
-        generate: Any = self.model.generate
-        return generate(**kwargs, custom_generate=loop)
-
-    @contextmanager
-    def generating(self, input_ids: Any) -> Iterator[None]:
-        """Round a `generate` of this thread over these tokens; the cache that it decodes on is
-        the session's at its end. (Guidance reads prompts of its own in between.)"""
-        outer, self._own.run = self._own.run, _Run(input_ids)
-        try:
-            yield
-            self.cache = self._own.run.cache or self.cache
-        finally:
-            self._own.run = outer
-
-    def decodes_on(self, cache: VLCache) -> None:
-        """Note the cache of the `generate` that is running."""
-        if self._own.run is not None:
-            self._own.run.cache = cache
-
-    def ids_of(self, embeddings: Tensor | None) -> Tensor | None:
-        """The tokens that the running `generate` was given beside these embeddings
-        `[num_seqs, length, hidden_size]`; None where it was given none."""
-        ids = self._own.run.input_ids if self._own.run is not None else None
-        if embeddings is None or not isinstance(ids, Tensor) or ids.ndim != 2:
-            return None
-        num_seqs, length = embeddings.shape[:2]
-        if ids.shape[1] != length or num_seqs % len(ids):
-            return None
-        return ids.repeat_interleave(num_seqs // len(ids), 0)  # as beams are
-
-    def has_read_mask(self, cache: VLCache) -> bool:
-        """Whether the `generate` that runs on this cache has had its mask read: from the second
-        time it is asked."""
-        run = self._own.run
-        if run is None or run.cache is not cache:
-            return False
-        had_read, run.has_read_mask = run.has_read_mask, True
-        return had_read
-
-    def say_whole(self, reason: str) -> None:
-        """Warn, once, that an image is left whole."""
-        if not self._has_said_whole:
-            self._has_said_whole = True
-            warnings.warn(f"vl_cache: {reason}: these tokens are left whole", stacklevel=3)
-
-    def _check_open(self, name: str) -> None:
-        if not self.is_open:
-            raise ValueError(
-                f"session.{name}: got a call after its vl_cache block, expected one inside"
-            )
 
 
 @contextmanager
@@ -215,19 +54,20 @@ def vl_cache(
         backend: "auto" is the Triton kernels on CUDA and the fp32 reference elsewhere.
         cuda_graph: decode by replaying a captured step; default on CUDA. Where a capture fails,
             decoding goes on eagerly, with a warning that says why.
-        streaming: compress during prefill, where memory is short; the same result.
+        streaming: compress during prefill, where memory is short; the same result. For low
+            budgets: each layer has to keep all that it might be left with, beside its scores and
+            positions, and at high budgets that is more memory than without.
 
     Raises:
         NotImplementedError: for models on which VL-Cache is not defined.
-        ValueError: for choices out of range or of another type, and for a model that is inside a
-            block already.
+        ValueError: for choices out of range or of another type, for a wrapped or compiled model,
+            for one in training mode, and for one that is inside a block already.
     """
     if config is not None and choices:
         raise ValueError(f"config: got a VLCacheConfig and {sorted(choices)}, expected one of them")
     config = VLCacheConfig(**choices) if config is None else config
     check_choices(config, policy, streaming)
-    if not (isinstance(model, PreTrainedModel) and model.can_generate()):
-        raise ValueError(f"model: got {type(model).__name__}, expected one that can generate")
+    check_kind(model)
     warn_of_version()
     check_model(model)
     get_backend(backend, model.device)
@@ -243,9 +83,10 @@ def vl_cache(
     session = Session(model, config, policy, backend, cuda_graph, streaming)
     register()
     with ExitStack() as undo:
-        undo.callback(setattr, session, "is_open", False)
+        undo.callback(session.close)
         _override(model, "generate_batch", _refuse_generate_batch, undo)
         for part in models_of(model):  # BLIP-2's generate is one of its language model
+            _override(part, "__deepcopy__", _refuse_deepcopy, undo)
             if not part.can_generate():
                 continue
             _override(part, "generate", _checked_generate(part, session), undo)
@@ -289,6 +130,13 @@ def _checked_generate(model: PreTrainedModel, session: Session) -> Any:
 
 def _refuse_generate_batch(*args: Any, **kwargs: Any) -> None:
     raise NotImplementedError("generate_batch: continuous batching is not supported by vl_cache")
+
+
+def _refuse_deepcopy(memo: dict) -> None:
+    raise NotImplementedError(
+        "copy.deepcopy: got a model inside its vl_cache block, expected one outside: the copy would"
+        " run this one"
+    )
 
 
 def _prepare_cache(original: Any, session: Session) -> Any:

@@ -131,6 +131,10 @@ class DecodeGraphs:
             loan.steps.clear()  # they read the rings from before
         return loan.windows
 
+    def clear(self) -> None:
+        """Give all memory back that nobody has borrowed."""
+        self._loans.clear()
+
     def _loan_of(self, cache: VLCache) -> Loan | None:
         loan = next((x for x in self._loans if x.borrower is cache), None)
         return loan if loan is not None and loan.ragged is cache.ragged else None

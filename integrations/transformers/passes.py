@@ -21,7 +21,7 @@ from .support import text_model_of, unobserved
 from .visual import can_know, vision_input, visual_tokens
 
 if TYPE_CHECKING:
-    from .context import Session
+    from .session import Session
 
 # The model whose pass has been announced: the models within it, which it runs, announce nothing.
 running: ContextVar[PreTrainedModel | None] = ContextVar("running", default=None)

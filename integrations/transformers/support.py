@@ -140,6 +140,30 @@ def check_choices(config: Any, policy: Any, streaming: bool) -> None:
         )
 
 
+def check_kind(model: Any) -> None:
+    """Refuse what is no plain model of Transformers, naming the one within.
+
+    Raises:
+        ValueError: naming the class.
+    """
+    expected = None
+    if hasattr(model, "get_base_model"):
+        expected = "its get_base_model(), which runs the adapter as well"
+    elif hasattr(model, "_orig_mod"):
+        expected = "the model that was compiled, its _orig_mod"
+    elif not (isinstance(model, PreTrainedModel) and model.can_generate()):
+        expected = "one that can generate"
+    elif (
+        getattr(model, "_compiled_call_impl", None) is not None
+        or hasattr(model.forward, "_torchdynamo_orig_callable")  # model.forward = torch.compile()
+    ):
+        expected = "one that is not compiled"
+    elif model.training:
+        expected = "one in evaluation mode: model.eval()"
+    if expected is not None:
+        raise ValueError(f"model: got {type(model).__name__}, expected {expected}")
+
+
 def check_config(config: PreTrainedConfig) -> None:
     """Refuse models on which VL-Cache is not defined, as far as their configuration tells.
 
@@ -153,14 +177,23 @@ def check_config(config: PreTrainedConfig) -> None:
                 raise _unsupported(config, reason)
     if config.is_encoder_decoder:
         raise _unsupported(config, "it is an encoder-decoder model")
-    if getattr(text_config, "num_kv_shared_layers", 0):
+    if _of_a_layer(text_config, "num_kv_shared_layers"):
         raise _unsupported(config, "its layers share each other's KV cache")
-    if getattr(text_config, "kv_lora_rank", None):
+    if _of_a_layer(text_config, "kv_lora_rank"):
         raise _unsupported(config, "its cache is latent (MLA)")
     if getattr(text_config, "cross_attention_layers", None):
         raise _unsupported(config, "it has cross-attention layers")
     if "full_attention" not in layer_types(text_config):
         raise _unsupported(config, "it has no full-attention layer")
+
+
+def _of_a_layer(config: PreTrainedConfig, name: str) -> Any:
+    """An attribute of a configuration; where it is each layer's own, of one that has it."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # of Transformers' heterogeneous configurations: ambiguous
+        layers = [config.per_layer_config[i] for i in range(config.num_hidden_layers)]
+        return next((x for x in (getattr(layer, name, None) for layer in layers) if x), None)
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -178,6 +211,8 @@ def check_model(model: PreTrainedModel) -> None:
             raise _unsupported(model.config, "its text rows are not causal")
         if getattr(module, "sinks", None) is not None:
             raise _unsupported(model.config, "its attention has sinks")
+        if getattr(module, "attn_logit_softcapping", None) is not None:
+            raise _unsupported(model.config, "its attention caps logits softly")
 
 
 def check_generate(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:

@@ -125,6 +125,21 @@ def test_nothing_is_left_after_the_session(wide):
     assert storage_bytes(all_tensors()) - before < 0.02 * 527 * token_bytes(wide)
 
 
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_the_block_gives_its_memory_back(wide, cuda_graph):
+    """To whoever still holds the session, its report is left."""
+    inputs = wide.inputs(PROMPT)
+    arguments = dict(max_new_tokens=NEW_TOKENS, do_sample=False)
+    with vl_cache(wide.model, budget=0.4, cuda_graph=cuda_graph):
+        wide.model.generate(**inputs, **arguments)
+    before = storage_bytes(all_tensors())
+    with vl_cache(wide.model, budget=0.4, cuda_graph=cuda_graph) as session:
+        wide.model.generate(**inputs, **arguments)
+        report = session.report()
+    assert session.cache is None and session.report() == report is not None
+    assert storage_bytes(all_tensors()) - before < 0.02 * 527 * token_bytes(wide)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_the_device_gets_its_memory_back(backend):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -103,8 +104,9 @@ def test_a_compressed_cache_outside_the_block(family):
     """The stock attention would see the new token alone."""
     with vl_cache(family.model, budget=0.4) as session:
         family.model.generate(**family.inputs(LONG), **GREEDY)
+        cache = session.cache
     with pytest.raises((RuntimeError, *REFUSED), match="vl_cache"), torch.no_grad():
-        family.model(input_ids=torch.tensor([[7]]), **{CACHE: session.cache})
+        family.model(input_ids=torch.tensor([[7]]), **{CACHE: cache})
 
 
 def test_a_crop_of_a_compressed_cache(family):
@@ -167,6 +169,71 @@ def test_a_session_after_its_block(family):
     assert session.report().budget == 0.4
     with vl_cache(family.model, budget=0.4) as session:
         assert torch.equal(session.generate(**inputs, **LEAN), expected)
+
+
+class Peft(torch.nn.Module):
+    """As peft's: a wrapper, whose base model has the adapter in it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def get_base_model(self):
+        return self.inner
+
+
+def compiled_in_place(model):
+    model = copy.deepcopy(model)
+    model.compile()
+    return model
+
+
+def compiled_forward(model):
+    model = copy.deepcopy(model)
+    model.forward = torch.compile(model.forward)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("wrap", "expected"),
+    [
+        (Peft, r"got Peft, expected its get_base_model\(\)"),
+        (
+            lambda model: torch.compile(copy.deepcopy(model)),
+            "got OptimizedModule, expected .*_orig_mod",
+        ),
+        (compiled_in_place, "expected one that is not compiled"),
+        (compiled_forward, "expected one that is not compiled"),
+        (lambda model: copy.deepcopy(model).train(), r"expected .*model\.eval\(\)"),
+        (lambda model: model.model, "expected one that can generate"),
+    ],
+)
+def test_a_model_of_another_kind(family, wrap, expected):
+    refused = pytest.raises(ValueError, match=f"^model: .*{expected}")
+    with refused, vl_cache(wrap(family.model), budget=0.4):
+        pytest.fail("the block was entered")
+
+
+def test_training_inside_the_block(family):
+    """Its passes were not compressed, and nobody was told."""
+    inputs = family.inputs(LONG)
+    with vl_cache(family.model, budget=0.4):
+        family.model.train()
+        try:
+            with pytest.raises(ValueError, match=r"^model: .*model\.eval\(\)"), torch.no_grad():
+                family.model(**inputs)
+        finally:
+            family.model.eval()
+        assert family.model(**inputs)[CACHE].is_compressed
+
+
+def test_a_copy_of_a_model_inside_its_block(family):
+    """Its `generate` would be that of the original."""
+    with vl_cache(family.model, budget=0.4):
+        for model in (family.model, family.model.model):
+            with pytest.raises(NotImplementedError, match=r"^copy\.deepcopy: got"):
+                copy.deepcopy(model)
+    copy.deepcopy(family.model)
 
 
 def test_a_second_vl_cache_on_the_same_model(family):

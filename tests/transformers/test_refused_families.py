@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import refused_models
+import transformers
+import unusual_models
 from checks import nothing_computed
 
 from vlcache_triton import VLCacheConfig
@@ -26,3 +28,19 @@ def test_a_cache_for_such_a_model_is_refused(name):
     model = getattr(refused_models, name)()
     with pytest.raises(NotImplementedError):
         VLCache(model.config, VLCacheConfig(budget=0.4))
+
+
+def test_a_text_with_soft_caps():
+    """Neither what measures prompts nor what reads them has such logits."""
+    model = unusual_models.llava_on_gemma2().model
+    refused = pytest.raises(NotImplementedError, match="caps logits softly")
+    with nothing_computed(model), refused, vl_cache(model, budget=0.4):
+        pytest.fail("the block was entered")
+
+
+def test_a_configuration_of_unlike_layers():
+    """Its latent rank is each layer's own, and cannot be asked for otherwise."""
+    if not hasattr(transformers, "Dots3NoteConfig"):
+        pytest.skip("this Transformers has no such model")
+    with pytest.raises(NotImplementedError, match=r"'dots3_note', .*MLA"):
+        VLCache(transformers.Dots3NoteConfig(), VLCacheConfig(budget=0.4))

@@ -10,7 +10,8 @@ import pytest
 import torch
 from families import LONG, SHORT
 
-from vlcache_triton.integrations.transformers import context, vl_cache
+from vlcache_triton.integrations.transformers import session as session_module
+from vlcache_triton.integrations.transformers import vl_cache
 from vlcache_triton.integrations.transformers.names import CACHE
 
 NUM_THREADS = 4
@@ -33,7 +34,7 @@ def in_threads(call):
 def test_no_cache_is_handed_out_twice(family, monkeypatch):
     """All threads are held up between making a cache and handing it out."""
     barrier = Barrier(NUM_THREADS)
-    make = context.VLCache
+    make = session_module.VLCache
 
     class Held:
         def __set_name__(self, owner, name):
@@ -51,7 +52,7 @@ def test_no_cache_is_handed_out_twice(family, monkeypatch):
         return make(*args, **kwargs)
 
     with vl_cache(family.model, budget=0.4) as session:
-        monkeypatch.setattr(context, "VLCache", held)
+        monkeypatch.setattr(session_module, "VLCache", held)
         monkeypatch.setattr(type(session), "cache", Held(), raising=False)
         caches = in_threads(lambda _: session.new_cache())
     assert len({id(cache) for cache in caches}) == NUM_THREADS
