@@ -126,11 +126,22 @@ class Readback:
 
 
 def lean_loop(
-    graphs: DecodeGraphs, forward: Callable[..., Any], on_tokens: Callable[[Tensor], None] | None
+    graphs: DecodeGraphs,
+    whole: Any,
+    forward: Callable[..., Any],
+    on_tokens: Callable[[Tensor], None] | None,
 ) -> Callable[..., Tensor]:
-    """A decoding method for `generate(custom_generate=...)`, which does all the preparation."""
+    """A decoding method for `generate(custom_generate=...)`, which does all the preparation.
+
+    whole: the model that `forward` is of.
+    """
 
     def decode(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        if model is not whole:  # as BLIP-2, whose generate is one of its language model
+            raise NotImplementedError(
+                f"session.generate: got {type(whole).__name__}, which has {type(model).__name__}"
+                " generate, expected a model that does so itself (model.generate has the others)"
+            )
         config, cache = kwargs.pop("generation_config"), kwargs[CACHE]
         processors = static_warpers(kwargs.pop("logits_processor"))
         check_stopping(kwargs.pop("stopping_criteria"))

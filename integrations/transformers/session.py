@@ -155,7 +155,7 @@ class Session:
         check_lean(self.model, kwargs)
         static_warpers(kwargs.get("logits_processor") or [])
         check_stopping(kwargs.get("stopping_criteria") or [])
-        loop = lean_loop(self.graphs, self._forward, on_tokens)
+        loop = lean_loop(self.graphs, self.model, self._forward, on_tokens)
         generate: Any = self.model.generate
         return generate(**kwargs, custom_generate=loop)
 

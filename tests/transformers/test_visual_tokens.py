@@ -91,13 +91,16 @@ def test_pixels_and_caches_by_position(family):
             family.model(inputs["input_ids"], pixels, mask, None, DynamicCache())
 
 
-def test_blip2(recwarn):
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_blip2(recwarn, cuda_graph):
     """`pixel_values` come first, and the generate that decodes is its language model's."""
     family = unusual_models.blip2()
     inputs = family.inputs(LONG)
-    with vl_cache(family.model, CONFIG) as session:
+    with vl_cache(family.model, CONFIG, cuda_graph=cuda_graph) as session:
         out = family.model.generate(**inputs, **GREEDY)
         cache = session.cache
+        with pytest.raises(NotImplementedError, match=r"^session\.generate: got Blip2"):
+            session.generate(**inputs, max_new_tokens=4, do_sample=False)
         rest = {k: v for k, v in inputs.items() if k != "pixel_values"}
         again = family.model.generate(inputs["pixel_values"], **rest, **GREEDY)
         assert torch.equal(again.sequences, out.sequences) and session.report() is not None
