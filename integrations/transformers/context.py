@@ -55,8 +55,9 @@ def vl_cache(
         cuda_graph: decode by replaying a captured step; default on CUDA. Where a capture fails,
             decoding goes on eagerly, with a warning that says why.
         streaming: compress during prefill, where memory is short; the same result. For low
-            budgets: each layer has to keep all that it might be left with, beside its scores and
-            positions, and at high budgets that is more memory than without.
+            budgets: every layer holds all that it might yet keep. Of the dense cache's size, the
+            peak was 0.22 at a budget of 0.1, 0.54 at 0.25, but 1.06 at 0.5 and 1.56 at 0.75 (16
+            layers of 2,048 tokens); without streaming it is 1 + budget.
 
     Raises:
         NotImplementedError: for models on which VL-Cache is not defined.

@@ -106,7 +106,9 @@ DtypeOption = Annotated[
 StreamingOption = Annotated[
     bool,
     typer.Option(
-        "--streaming", help="Compress during prefill: the full cache never exists at once."
+        "--streaming",
+        help="Compress during prefill: the full cache never exists at once. For budgets below 0.5:"
+        " above, it takes more memory than the full cache.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
