@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from dataclasses import dataclass
 
+import further_models
 import tiny_models
 import torch
 import transformers as hf
-from tiny_models import IMAGE, Pixels
+from tiny_models import IMAGE, VIDEO, Pixels
 from torch import Tensor
 
 #: Families whose processors mark vision tokens in `mm_token_type_ids` (M-RoPE needs it).
@@ -25,6 +27,45 @@ SUPPORTED = (
     "mistral3",
     "gemma3",
     "llama4",
+)
+
+#: Held to equality on the reference alone, where the installed Transformers has them.
+FURTHER = (
+    "aria",
+    "aya_vision",
+    "cohere2_vision",
+    "deepseek_vl",
+    "deepseek_vl_hybrid",
+    "ernie4_5_vl_moe",
+    "exaone4_5",
+    "cohere_compass",
+    "fast_vlm",
+    "fuyu",
+    "glm46v",
+    "glm4v_moe",
+    "glm_ocr",
+    "got_ocr2",
+    "granite_docling",
+    "hunyuan_vl",
+    "hyperclovax_vision_v2",
+    "idefics2",
+    "janus",
+    "lighton_ocr",
+    "llava_next_video",
+    "llava_next_video_video",
+    "molmo2",
+    "ovis2",
+    "paddleocr_vl",
+    "perception_lm",
+    "perception_lm_video",
+    "qianfan_ocr",
+    "qwen2_5_omni",
+    "qwen3_omni",
+    "qwen3_vl_moe",
+    "video_llama_3",
+    "video_llava",
+    "video_llava_video",
+    "vipllava",
 )
 
 #: Prompts are lists of token ids in which `PICTURE` stands for one whole image.
@@ -49,8 +90,10 @@ class Family:
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         inputs = dict(input_ids=ids, attention_mask=mask)
-        if self.name in MROPE:
-            inputs["mm_token_type_ids"] = (ids == IMAGE).int()
+        if "mm_token_type_ids" in inspect.signature(self.model.forward).parameters:
+            kind = 2 if self.name.endswith("_video") else 1
+            is_visual = (ids == IMAGE) | (ids == VIDEO)
+            inputs["mm_token_type_ids"] = kind * is_visual.int()
         if self.name == "gemma3":
             inputs["token_type_ids"] = (ids == IMAGE).long()
         num_images = sum(prompt.count(PICTURE) for prompt in prompts)
@@ -71,7 +114,8 @@ class Family:
 def build(name: str, **text) -> Family:
     """A family's tiny model with sharp attention: random weights alone attend to all alike."""
     torch.manual_seed(0)
-    model, image, pixels = getattr(tiny_models, name)(**text)
+    models = tiny_models if hasattr(tiny_models, name) else further_models
+    model, image, pixels = getattr(models, name)(**text)
     family = Family(name, sharpened(model), image, pixels)
     with torch.no_grad():  # at the first such call Transformers hooks the model up, once for all
         model(**family.inputs(SHORT), output_attentions=True)
@@ -87,7 +131,7 @@ def sharpened(model: hf.PreTrainedModel) -> hf.PreTrainedModel:
                 continue
             if parameter_name.endswith(("q_norm.weight", "k_norm.weight")):
                 parameter.add_(0.8)  # after these norms the projections' scale is lost
-            elif "q_proj" in parameter_name or "k_proj" in parameter_name:
+            elif any(part in parameter_name for part in ("q_proj", "k_proj", "query_key_value")):
                 parameter.mul_(12.0)
     model.generation_config.update(pad_token_id=0, bos_token_id=1, eos_token_id=None)
     return model

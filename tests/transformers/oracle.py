@@ -58,7 +58,8 @@ def kept_tokens(family: Family, inputs: dict[str, Tensor], config: VLCacheConfig
     full = [i for i, kind in enumerate(layer_types) if kind == "full_attention"]
     kept = Kept(len(maps), inputs["attention_mask"] == 1)
     for i in full:
-        num_kv_heads = family.text_config.num_key_value_heads
+        text = family.text_config
+        num_kv_heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
         kept[i] = torch.zeros(len(ids), num_kv_heads, ids.shape[1], dtype=torch.bool)
         kept.rows[i] = torch.zeros(len(ids), num_kv_heads, dtype=torch.bool)
     for b, start in enumerate(starts):

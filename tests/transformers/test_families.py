@@ -1,4 +1,4 @@
-"""Every supported family: lossless at budget 1.0, the masked full cache below it."""
+"""Every family that is tested: lossless at budget 1.0, the masked full cache below it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from checks import (
     assert_same_run,
     logits,
 )
-from families import LONG, PICTURE, SHORT, SUPPORTED
+from families import FURTHER, LONG, PICTURE, SHORT, SUPPORTED
 from tiny_models import VIDEO
 
 from vlcache_triton import VLCacheConfig
@@ -22,10 +22,11 @@ from vlcache_triton.integrations.transformers import vl_cache
 
 BATCHES = {"one": [LONG], "padded": [LONG, SHORT]}
 every_family = pytest.mark.parametrize("family", SUPPORTED, indirect=True)
+and_further_ones = pytest.mark.parametrize("family", [*SUPPORTED, *FURTHER], indirect=True)
 every_batch = pytest.mark.parametrize("prompts", BATCHES.values(), ids=BATCHES)
 
 
-@every_family
+@and_further_ones
 @every_batch
 def test_a_full_budget_is_the_stock_model(family, prompts):
     inputs = family.inputs(*prompts)
@@ -37,7 +38,7 @@ def test_a_full_budget_is_the_stock_model(family, prompts):
     assert not session.cache.is_compressed
 
 
-@every_family
+@and_further_ones
 @every_batch
 def test_a_compressed_run_equals_the_masked_full_cache(family, prompts):
     inputs = family.inputs(*prompts)
@@ -60,7 +61,7 @@ def test_so_does_one_on_the_triton_kernels(family):
     assert_compressed_run(family, inputs, config, session, out)
 
 
-@every_family
+@and_further_ones
 def test_what_is_evicted_matters_to_these_models(family):
     """Without this, equality with the masked full cache would prove nothing."""
     inputs = family.inputs(LONG)
