@@ -54,7 +54,6 @@ NOT_LEAN: dict[str, Any] = {
 REFUSED_FAMILIES = {
     "paligemma": "its text rows attend bidirectionally over the prompt",
     "gemma3n": "its layers share each other's KV cache",
-    "gemma4": "its layers share KV caches and differ in head size",
     "mllama": "it sees images by cross-attention, so there are no visual tokens to compress",
 }
 

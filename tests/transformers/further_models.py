@@ -6,6 +6,7 @@ here it has from `TEXT` and `VISION`, as far as it knows the name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -65,6 +66,10 @@ AUDIO = dict(
     encoder_ffn_dim=48,
     output_dim=64,
     downsample_hidden_size=8,
+    out_hidden_size=64,
+    hidden_sizes=[8] * 4,
+    depths=[1] * 4,
+    codebook_size=16,
 )
 IDS = dict(
     image_token_id=IMAGE,
@@ -93,7 +98,7 @@ def _model(name: str, text: dict, vision: dict | hf.PreTrainedConfig, **more) ->
         parts["vision_config"] = _part(stock.vision_config, VISION, vision)
     elif not isinstance(vision, dict):
         parts["vision_config"] = vision
-    if hasattr(stock, "audio_config"):
+    if getattr(stock, "audio_config", None) is not None:
         parts["audio_config"] = _part(stock.audio_config, AUDIO, {})
     config = config_class(**{**_known(stock, IDS), **parts, **more})
     kind = "ForCausalLM" if name == "Fuyu" else "ForConditionalGeneration"
@@ -108,7 +113,24 @@ def _part(stock: hf.PreTrainedConfig, sizes: dict, given: dict) -> hf.PreTrained
 
 
 def _known(stock: hf.PreTrainedConfig, sizes: dict) -> dict:
-    return {key: value for key, value in sizes.items() if hasattr(stock, key)}
+    known = stock.to_dict()
+    return {key: value for key, value in sizes.items() if key in known}
+
+
+def apertus1p5() -> Built:
+    """An image is embedded by the codes of its patches."""
+    vision = dict(codebook_size=16, embed_dim=8, latent_channels=8, base_channels=32)
+    vision |= dict(channel_multiplier=[1, 1], num_res_blocks=1, attn_resolutions=[])
+    offsets = dict(image_token_offset=120, audio_token_offset=136)
+    model = _model("Apertus1p5", {}, vision, **offsets)
+
+    def pixels(num_images: int, num_prompts: int, generator: torch.Generator) -> dict[str, Tensor]:
+        return dict(
+            pixel_values=torch.randn(num_images, 3, 8, 8, generator=generator),
+            image_sizes=torch.tensor([[8, 8]] * num_images),
+        )
+
+    return model, [START, *[IMAGE] * 16, END], pixels
 
 
 def aria() -> Built:
@@ -164,6 +186,22 @@ def cosmos3_omni() -> Built:
     return model, [START, *[IMAGE] * 24, END], _patches(16)
 
 
+def deepseek_ocr2() -> Built:
+    """An image is 144 learnt queries, which read its patches, and a separator."""
+    sam = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, image_size=64)
+    sam |= dict(output_channels=8, mlp_dim=48, window_size=2, global_attn_indexes=[0])
+    sam |= dict(downsample_channels=[16, 32])
+    encoder = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1)
+    encoder |= dict(num_attention_heads=4, num_key_value_heads=4, vocab_size=160)
+    vision = dict(sam_config=sam, encoder_config=encoder)
+
+    def pixels(num_images: int, num_prompts: int, generator: torch.Generator) -> dict[str, Tensor]:
+        return dict(pixel_values=torch.randn(num_images, 3, 64, 64, generator=generator))
+
+    model = _model("DeepseekOcr2", dict(mlp_layer_types=["dense", "sparse"]), vision)
+    return model, [IMAGE] * 145, pixels
+
+
 def exaone4_5() -> Built:
     model = _model("Exaone4_5_", {}, dict(num_key_value_heads=2))
     return model, [START, *[IMAGE] * 24, END], _patches(14)
@@ -189,6 +227,41 @@ def fuyu() -> Built:
 
     model = _model("Fuyu", {}, {}, patch_size=14, image_size=56)
     return model, [*[IMAGE] * 16, START], pixels
+
+
+def gemma4(**text) -> Built:
+    vision = dict(model_type="gemma4_vision", num_key_value_heads=4, head_dim=8)
+    vision |= dict(position_embedding_size=8, pooling_kernel_size=2)
+    return _gemma4("Gemma4", vision, 16, 588, hidden_size_per_layer_input=8, **text)
+
+
+def gemma4_vision_blocks() -> Built:
+    """The larger checkpoints': tokens of an image all see each other."""
+    return gemma4(use_bidirectional_attention="vision")
+
+
+def gemma4_unified() -> Built:
+    vision = dict(model_type="gemma4_unified_vision", mm_embed_dim=64, mm_posemb_size=8)
+    vision |= dict(patch_size=7, pooling_kernel_size=2, output_proj_dims=64)
+    return _gemma4("Gemma4Unified", vision, 4, 588)
+
+
+def _gemma4(name: str, vision: dict, num_patches: int, patch: int, **text) -> Built:
+    """Layers of full attention have heads of their own size here."""
+    text |= dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"])
+    text |= dict(global_head_dim=32, vocab_size_per_layer_input=160, num_experts=None)
+    model = _model(name, text, vision, audio_config=None)
+    side = math.isqrt(num_patches)
+
+    def pixels(num_images: int, num_prompts: int, generator: torch.Generator) -> dict[str, Tensor]:
+        index = torch.arange(num_patches)
+        where = torch.stack([index % side, index // side], -1)
+        return dict(
+            pixel_values=torch.rand(num_images, num_patches, patch, generator=generator),
+            image_position_ids=where.expand(num_images, -1, -1),
+        )
+
+    return model, [START, *[IMAGE] * 4, END], pixels
 
 
 def glm46v() -> Built:
@@ -230,6 +303,15 @@ def granite_docling() -> Built:
         return dict(images, pixel_attention_mask=mask)
 
     return model, [START, *[IMAGE] * 4, START], pixels
+
+
+def granite4_vision() -> Built:
+    """Tiles as in LLaVA-NeXT, of four tokens each."""
+    text = dict(num_hidden_layers=4, attention_multiplier=0.25, layer_types=["full_attention"] * 4)
+    more = dict(downsample_rate="2/4", deepstack_layer_map=[[-1, 0]])
+    more |= dict(spatial_target_layers=[0, 1, 2, 3])
+    model = _model("Granite4Vision", text, dict(hidden_size=64), **more)
+    return model, [IMAGE] * 14, tiny_models._tiles
 
 
 def hunyuan_vl() -> Built:
@@ -300,6 +382,23 @@ def molmo2() -> Built:
     return model, [START, *[IMAGE] * 4, END], pixels
 
 
+def muse_glimmer() -> Built:
+    return _muse("MuseGlimmer")
+
+
+def muse_spark() -> Built:
+    return _muse("MuseSpark")
+
+
+def _muse(name: str) -> Built:
+    text = dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"])
+    text |= dict(layer_rope_theta=[10000.0, 0], moe_hidden_size=32)
+    vision = dict(pos_emb_height=8, pos_emb_width=8, max_position_embeddings=64)
+    vision |= dict(layer_types=["window_attention", "full_attention"])
+    more = dict(out_hidden_size=128, projector_hidden_size=64)
+    return _model(name, text, vision, **more), [START, *[IMAGE] * 24, END], _patches(14)
+
+
 def ovis2() -> Built:
     model = _model(
         "Ovis2",
@@ -356,6 +455,12 @@ def qwen3_vl_moe() -> Built:
     rope = _mrope(2, 3, 3, mrope_interleaved=True)
     model = _model("Qwen3VLMoe", dict(rope_parameters=rope), dict(patch_size=16))
     return model, [START, *[IMAGE] * 24, END], _patches(16)
+
+
+def step3p7() -> Built:
+    text = dict(share_expert_dim=32, mlp_layer_types=["dense", "sparse"], sliding_window=16)
+    model = _model("Step3p7", text, dict(max_position_embeddings=16, mlp_ratio=1.5))
+    return model, [START, IMAGE, END], _square
 
 
 def video_llama_3() -> Built:
@@ -427,10 +532,21 @@ def _video(builder: Callable[[], Built]) -> Built:
     return model, [VIDEO if token == IMAGE else token for token in image * 2], videos
 
 
-def _whole_video(builder: Callable[[], Built]) -> Built:
-    """A video of two grids in one run of tokens."""
+def _whole_video(builder: Callable[[], Built], **each: float) -> Built:
+    """A video of two grids in one run of tokens; `each`: what every video has to be given."""
     model, _, videos = _video(builder)
-    return model, [START, *[VIDEO] * 48, END], videos
+
+    def more(num_images: int, num_prompts: int, generator: torch.Generator) -> dict[str, Tensor]:
+        given = {key: torch.tensor([value] * num_images) for key, value in each.items()}
+        return dict(videos(num_images, num_prompts, generator), **given)
+
+    return model, [START, *[VIDEO] * 48, END], more
+
+
+def ernie4_5_vl_moe_video() -> Built:
+    """Its two grids are merged into one."""
+    model, _, videos = _video(ernie4_5_vl_moe)
+    return model, [START, *[VIDEO] * 24, END], videos
 
 
 def _glm_video(builder: Callable[[], Built]) -> Built:
@@ -441,14 +557,12 @@ def _glm_video(builder: Callable[[], Built]) -> Built:
 
 qwen2_vl_video = partial(_whole_video, tiny_models.qwen2_vl)
 qwen2_5_vl_video = partial(_whole_video, tiny_models.qwen2_5_vl)
-qwen2_5_omni_video = partial(_whole_video, qwen2_5_omni)
+qwen2_5_omni_video = partial(_whole_video, qwen2_5_omni, video_second_per_grid=1.0)
 exaone4_5_video = partial(_whole_video, exaone4_5)
 hyperclovax_vision_v2_video = partial(_whole_video, hyperclovax_vision_v2)
-paddleocr_vl_video = partial(_whole_video, paddleocr_vl)
-ernie4_5_vl_moe_video = partial(_video, ernie4_5_vl_moe)
 qwen3_vl_video = partial(_video, tiny_models.qwen3_vl)
 qwen3_vl_moe_video = partial(_video, qwen3_vl_moe)
-qwen3_omni_video = partial(_video, qwen3_omni)
+qwen3_omni_video = partial(_whole_video, qwen3_omni, video_second_per_grid=1.0)
 cohere_compass_video = partial(_video, cohere_compass)
 cosmos3_edge_video = partial(_video, cosmos3_edge)
 cosmos3_omni_video = partial(_video, cosmos3_omni)

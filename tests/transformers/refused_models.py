@@ -56,7 +56,8 @@ def gemma3n() -> hf.PreTrainedModel:
     return hf.Gemma3nForCausalLM(hf.Gemma3nTextConfig(**GEMMA_TEXT, **more))
 
 
-def _gemma4(num_kv_shared_layers: int) -> hf.PreTrainedModel:
+def gemma4_shared() -> hf.PreTrainedModel:
+    """Its upper layers read the KV of lower ones, as in the small checkpoints."""
     config = hf.Gemma4Config(
         vision_config=dict(
             hidden_size=32,
@@ -67,7 +68,7 @@ def _gemma4(num_kv_shared_layers: int) -> hf.PreTrainedModel:
             head_dim=8,
             position_embedding_size=64,
         ),
-        text_config=dict(GEMMA_TEXT, num_kv_shared_layers=num_kv_shared_layers),
+        text_config=dict(GEMMA_TEXT, num_kv_shared_layers=2),
         audio_config=None,
         image_token_id=IMAGE,
         video_token_id=VIDEO,
@@ -75,12 +76,3 @@ def _gemma4(num_kv_shared_layers: int) -> hf.PreTrainedModel:
         eoi_token_id=END,
     )
     return hf.Gemma4ForConditionalGeneration(config)
-
-
-def gemma4() -> hf.PreTrainedModel:
-    return _gemma4(0)
-
-
-def gemma4_shared() -> hf.PreTrainedModel:
-    """Its upper layers read the KV of lower ones."""
-    return _gemma4(2)

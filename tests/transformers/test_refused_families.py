@@ -11,7 +11,7 @@ from checks import nothing_computed
 from vlcache_triton import VLCacheConfig
 from vlcache_triton.integrations.transformers import VLCache, vl_cache
 
-FAMILIES = ["paligemma", "mllama", "gemma3n", "gemma4", "gemma4_shared"]
+FAMILIES = ["paligemma", "mllama", "gemma3n", "gemma4_shared"]
 
 
 @pytest.mark.parametrize("budget", [0.4, 1.0])
