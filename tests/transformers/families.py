@@ -149,8 +149,9 @@ def build(name: str, **text) -> Family:
     models = tiny_models if hasattr(tiny_models, name) else further_models
     model, image, pixels = getattr(models, name)(**text)
     family = Family(name, sharpened(model), image, pixels)
-    with torch.no_grad():  # at the first such call Transformers hooks the model up, once for all
+    with torch.no_grad():  # at the first such calls Transformers marks the model, once for all
         model(**family.inputs(SHORT), output_attentions=True)
+        model.set_attn_implementation({})
     return family
 
 

@@ -6,6 +6,7 @@ here it has from `TEXT` and `VISION`, as far as it knows the name.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -223,9 +224,11 @@ def fast_vlm() -> Built:
 
 def fuyu() -> Built:
     def pixels(num_images: int, num_prompts: int, generator: torch.Generator) -> dict[str, Tensor]:
-        return dict(pixel_values=torch.randn(num_images, 16, 588, generator=generator))
+        return {name: torch.randn(num_images, 16, 588, generator=generator)}
 
-    model = _model("Fuyu", {}, {}, patch_size=14, image_size=56)
+    model = _model("Fuyu", {}, {}, patch_size=14, image_size=56, hidden_size=64)
+    is_named_so = "pixel_values" in inspect.signature(model.forward).parameters
+    name = "pixel_values" if is_named_so else "image_patches"  # before Transformers 5.20 or so
     return model, [*[IMAGE] * 16, START], pixels
 
 
@@ -307,10 +310,12 @@ def granite_docling() -> Built:
 
 def granite4_vision() -> Built:
     """Tiles as in LLaVA-NeXT, of four tokens each."""
-    text = dict(num_hidden_layers=4, attention_multiplier=0.25, layer_types=["full_attention"] * 4)
+    text = dict(model_type="granite4_vision_text", attention_multiplier=0.25)
+    text |= dict(num_hidden_layers=4, layer_types=["full_attention"] * 4)
     more = dict(downsample_rate="2/4", deepstack_layer_map=[[-1, 0]])
     more |= dict(spatial_target_layers=[0, 1, 2, 3])
-    model = _model("Granite4Vision", text, dict(hidden_size=64), **more)
+    vision = dict(model_type="clip_vision_model", hidden_size=64)
+    model = _model("Granite4Vision", text, vision, **more)
     return model, [IMAGE] * 14, tiny_models._tiles
 
 
