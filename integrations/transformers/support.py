@@ -53,6 +53,7 @@ NOT_LEAN: dict[str, Any] = {
 # Why a family cannot be served, where its configuration alone does not say so.
 REFUSED_FAMILIES = {
     "paligemma": "its text rows attend bidirectionally over the prompt",
+    "diffusion_gemma": "it generates whole blocks by diffusion",
     "gemma3n": "its layers share each other's KV cache",
     "mllama": "it sees images by cross-attention, so there are no visual tokens to compress",
 }
