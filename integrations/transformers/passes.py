@@ -71,8 +71,9 @@ def _begin(session: Session) -> Any:
     def begin(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         kwargs = named_arguments(model.forward, args, kwargs)
         cache = kwargs.get(CACHE)
-        is_announced = isinstance(cache, VLCache) and cache.is_in_step  # by the lean loop
-        if running.get() is not None or is_announced:
+        # The lean loop announces its steps itself, and calls the model's forward without hooks.
+        is_lean = model is not session.model and isinstance(cache, VLCache) and cache.is_in_step
+        if running.get() is not None or is_lean:
             if isinstance(cache, VLCache) and cache.position_ids is None:
                 cache.position_ids = _last(kwargs.get("position_ids"))
             return None
