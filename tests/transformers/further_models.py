@@ -443,13 +443,13 @@ def qianfan_ocr() -> Built:
     return model, [START, *[IMAGE] * 4, END], _square
 
 
-def qwen2_5_omni() -> Built:
+def qwen2_5_omni_thinker() -> Built:
     text = dict(rope_parameters=_mrope(2, 3, 3))
     model = _model("Qwen2_5OmniThinker", text, {}, vision_start_token_id=START)
     return model, [START, *[IMAGE] * 24, END], _patches(14)
 
 
-def qwen3_omni() -> Built:
+def qwen3_omni_moe_thinker() -> Built:
     rope = _mrope(2, 3, 3, mrope_interleaved=True)
     text, vision = dict(rope_parameters=rope), dict(patch_size=16)
     model = _model("Qwen3OmniMoeThinker", text, vision, vision_start_token_id=START)
@@ -562,12 +562,14 @@ def _glm_video(builder: Callable[[], Built]) -> Built:
 
 qwen2_vl_video = partial(_whole_video, tiny_models.qwen2_vl)
 qwen2_5_vl_video = partial(_whole_video, tiny_models.qwen2_5_vl)
-qwen2_5_omni_video = partial(_whole_video, qwen2_5_omni, video_second_per_grid=1.0)
+qwen2_5_omni_thinker_video = partial(_whole_video, qwen2_5_omni_thinker, video_second_per_grid=1.0)
 exaone4_5_video = partial(_whole_video, exaone4_5)
 hyperclovax_vision_v2_video = partial(_whole_video, hyperclovax_vision_v2)
 qwen3_vl_video = partial(_video, tiny_models.qwen3_vl)
 qwen3_vl_moe_video = partial(_video, qwen3_vl_moe)
-qwen3_omni_video = partial(_whole_video, qwen3_omni, video_second_per_grid=1.0)
+qwen3_omni_moe_thinker_video = partial(
+    _whole_video, qwen3_omni_moe_thinker, video_second_per_grid=1.0
+)
 cohere_compass_video = partial(_video, cohere_compass)
 cosmos3_edge_video = partial(_video, cosmos3_edge)
 cosmos3_omni_video = partial(_video, cosmos3_omni)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from families import FURTHER, SUPPORTED, VIDEOS
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from vlcache_triton.integrations.transformers import VLCache, vl_cache
@@ -48,9 +49,14 @@ REFUSED = {
 
 def test_the_docs_tell_of_every_family():
     census = DOCS.read_text().split("## The census\n")[1].split("\n## ")[0]
-    told = set(re.findall(r"`([\w.-]+)`", census))
+    told = set(re.findall(r"[\w-]+(?:\.\d)?", census))
     assert set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - told == set()
-    assert set(REFUSED) <= told
+    assert {
+        *REFUSED,
+        *SUPPORTED,
+        *FURTHER,
+        *(name.removesuffix("_video") for name in VIDEOS),
+    } <= told
 
 
 @pytest.mark.parametrize("name", REFUSED)
