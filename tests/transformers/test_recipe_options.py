@@ -127,15 +127,15 @@ def test_a_text_prompt_beside_one_with_a_picture(family, window):
 def test_a_batch_is_compressed_as_its_prompts_alone(family):
     together = family.inputs(LONG, SHORT)
     config = VLCacheConfig(budget=0.4)
-    session, _ = run(family, together, config)
+    _, both = run(family, together, config)
     alone = {k: v[1:] for k, v in together.items()}
     pads = int((alone["attention_mask"] == 0).sum())
     alone |= {k: alone[k][:, pads:] for k in ("input_ids", "attention_mask")}
-    single, _ = run(family, alone, config)
+    _, single = run(family, alone, config)
     for layer in range(4):
         assert (
-            session.cache.plan.kept_positions(layer, 1).tolist()
-            == single.cache.plan.kept_positions(layer, 0).tolist()
+            both[CACHE].plan.kept_positions(layer, 1).tolist()
+            == single[CACHE].plan.kept_positions(layer, 0).tolist()
         )
 
 
