@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlcache_triton.cli.demo import DEFAULT_BUDGET, SWEEP
+from vlcache_triton.cli.demo import DEFAULT_BUDGET, DEFAULT_SEED, SWEEP
 from vlcache_triton.formreader import draw_form, render_form
 
 NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM, FLOAT32 = 8, 2, 64, 4
@@ -58,7 +58,8 @@ def test_a_budget_of_1_is_the_full_cache(vlcache, tmp_path):
 
 
 def test_the_sweep_shows_where_answers_break(vlcache, tmp_path):
-    result = run_json(vlcache, "--sweep", "--questions", 1, "--out", tmp_path / "page.png")
+    arguments = ("--preset", "paper", "--sweep", "--questions", 1, "--out", tmp_path / "page.png")
+    result = run_json(vlcache, *arguments)
     rows = result["sweep"]
     assert [row["budget"] for row in rows] == list(SWEEP)
     (question,) = result["questions"]
@@ -77,7 +78,7 @@ def test_the_tables_show_the_answers_the_layers_and_how_to_go_on(vlcache, tmp_pa
     monkeypatch.chdir(tmp_path)
     code, text, _ = vlcache("demo", "--questions", 1, "--budget", 0.4)
     assert code == 0
-    (question,) = draw_form("demo-3", ["value"], 8).questions
+    (question,) = draw_form(f"demo-{DEFAULT_SEED}", ["value"], 8).questions
     assert f"{question.answer} ✓" in text
     for layer in range(NUM_LAYERS):
         assert f"│     {layer} │" in text

@@ -30,7 +30,7 @@ def result_of(full="", compressed="", budget=0.6, sweep=False):
         }
         for i, (a, b) in enumerate(zip(full, compressed, strict=True))
     ]
-    result = {"page": "a page.png", "questions": questions}
+    result = {"page": "a page.png", "preset": "tuned", "questions": questions}
     if sweep:
         row = {"budget": 0.05, "right": 0, "same_as_full": len(full), "kv_bytes": 5_000_000}
         result["sweep"] = [row, {**row, "budget": 0.8}]
@@ -107,5 +107,5 @@ def test_how_to_go_on(sweep, capsys, monkeypatch):
     (command,) = [line for line in lines if line.startswith("vlcache inspect ")]
     assert shlex.split(command)[2:] == [
         *("--image", "a page.png", "--prompt", "What is the value of WUW?"),
-        *("--budget", "0.6", "--out", "vlcache-report"),
+        *("--budget", "0.6", "--preset", "tuned", "--out", "vlcache-report"),
     ]

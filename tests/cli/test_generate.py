@@ -57,7 +57,7 @@ def test_only_the_answer_goes_to_stdout(vlcache, dialogue, page):
 def test_a_budget_below_what_the_embedded_model_bears_is_told(vlcache, dialogue, page, monkeypatch):
     """Behind the answer, or in the JSON; of another model, nobody knows what it bears."""
     monkeypatch.setenv("COLUMNS", "200")
-    note = "form-reader bears budgets down to 0.6; at 0.3 expect wrong answers"
+    note = "form-reader bears budgets down to 0.6 with --preset paper; at 0.3 expect wrong answers"
     asked = ("--image", page, "--prompt", dialogue.questions[0].text, "--budget", 0.3)
     outcome = vlcache("generate", *asked)
     assert outcome.code == 0
@@ -65,6 +65,7 @@ def test_a_budget_below_what_the_embedded_model_bears_is_told(vlcache, dialogue,
     assert run_json(vlcache, *asked)["note"].startswith(note)
     assert run_json(vlcache, *asked, "--model", WEIGHTS)["note"] is None
     assert run_json(vlcache, *asked[:4], "--budget", 0.6)["note"] is None
+    assert run_json(vlcache, *asked, "--preset", "tuned")["note"] is None
 
 
 def test_a_16_bit_page_is_answered_as_the_page(vlcache, dialogue, page, tmp_path):

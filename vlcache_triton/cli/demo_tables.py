@@ -110,7 +110,8 @@ def _inspect(result: dict[str, Any]) -> str:
     first = result["questions"][0]
     budget = first["compressed"]["budget"]
     share = ["--budget", f"{budget:g}"] if budget < 1 else []  # 1 keeps all: nothing to inspect
-    what = ["--image", result["page"], "--prompt", first["question"], *share]
+    preset = ["--preset", result["preset"]] if result["preset"] != "paper" else []
+    what = ["--image", result["page"], "--prompt", first["question"], *share, *preset]
     return shlex.join(["vlcache", "inspect", *what, "--out", "vlcache-report"])
 
 

@@ -8,8 +8,8 @@ import typer
 from rich.console import Console
 
 from .console import print_json, progress, size, waiting
-from .demo import DEFAULT_BUDGET as FORM_READER_BUDGET
 from .options import (
+    FORM_READER_BUDGETS,
     BudgetOption,
     DeviceOption,
     Dtype,
@@ -57,10 +57,11 @@ def generate(
         answer = vlm.answer(
             inputs, config, max_new_tokens, steps, policy=policy.load(), streaming=streaming
         )
-    is_short = model is None and budget < FORM_READER_BUDGET and policy is not PolicyName.full
+    borne = FORM_READER_BUDGETS[preset]
+    is_short = model is None and budget < borne and policy is not PolicyName.full
     note = (
-        f"{vlm.name} bears budgets down to {FORM_READER_BUDGET:g}; at {budget:g} expect wrong"
-        " answers (see vlcache demo --sweep)"
+        f"{vlm.name} bears budgets down to {borne:g} with --preset {preset.value}; at {budget:g}"
+        " expect wrong answers (see vlcache demo --sweep)"
     )
     report = answer.report
     prompt_tokens = int(inputs["input_ids"].shape[1])

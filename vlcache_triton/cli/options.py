@@ -42,6 +42,10 @@ class Preset(str, Enum):
     tuned = "tuned"
 
 
+#: Budgets down to which form-reader keeps nearly all its answers: formreader/weights/PROVENANCE.md.
+FORM_READER_BUDGETS = {Preset.paper: 0.6, Preset.tuned: 0.1}
+
+
 class Dtype(str, Enum):
     auto = "auto"
     float32 = "float32"
@@ -81,8 +85,8 @@ PresetOption = Annotated[
     typer.Option(
         "--preset",
         metavar="NAME",
-        help="paper: VL-Cache as published; tuned: what answered best with form-reader"
-        " at 10 and 20 %.",
+        help="paper: VL-Cache as published; tuned: what answered best with form-reader, with a row"
+        " that stands for all that is evicted.",
     ),
 ]
 DeviceOption = Annotated[
