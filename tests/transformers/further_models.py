@@ -84,6 +84,7 @@ IDS = dict(
     video_start_token_id=104,
     video_end_token_id=105,
     vision_feature_layer=-1,
+    vision_feature_layers=-1,  # ViP-LLaVA's, in Transformers 5.17
     image_grid_pinpoints=PINPOINTS,
 )
 
@@ -491,8 +492,7 @@ def video_llava_video() -> Built:
 
 
 def vipllava() -> Built:
-    model = _model("VipLlava", {}, {}, vision_feature_layer=[-2, -1])
-    return model, [IMAGE] * 16, _square
+    return _model("VipLlava", {}, {}), [IMAGE] * 16, _square
 
 
 def molmo2_video() -> Built:
