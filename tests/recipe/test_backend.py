@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+import triton  # noqa: F401 (it loads with the environment as it is before tests change it)
 from prompts import CPU
 
 from vlcache_triton import reference
