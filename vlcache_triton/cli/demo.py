@@ -64,8 +64,8 @@ def demo(
 ) -> None:
     """Draw a form, ask the embedded model about it; answer from the full and a smaller KV cache.
 
-    The model is tiny and spreads attention over blank paper, so that it needs 60 % of its cache with
-    the paper's recipe, and a tenth where a row stands for what is evicted. Bytes are those of the
+    The model is tiny and spreads attention over blank paper: with the paper's recipe it needs 60 %
+    of its cache, and a tenth where a row stands for what is evicted. Bytes are those of the
     prompt's cache: generated tokens are never compressed. Seconds are of prefill, compression and
     decoding together.
     """
