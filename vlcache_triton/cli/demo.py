@@ -16,6 +16,7 @@ from .console import UserError, print_json, progress, waiting
 from .demo_tables import print_demo
 from .options import (
     FORM_READER_BUDGETS,
+    PRESET_HELP,
     BudgetOption,
     DeviceOption,
     Dtype,
@@ -24,7 +25,6 @@ from .options import (
     PolicyName,
     PolicyOption,
     Preset,
-    PresetOption,
     StreamingOption,
     checked_config,
 )
@@ -43,7 +43,15 @@ SWEEP = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
 def demo(
     budget: BudgetOption = DEFAULT_BUDGET,
     policy: PolicyOption = PolicyName.vl_cache,
-    preset: PresetOption = DEFAULT_PRESET,
+    preset: Annotated[
+        Preset | None,
+        typer.Option(
+            "--preset",
+            metavar="NAME",
+            help=PRESET_HELP,
+            show_default="tuned; paper with another policy",
+        ),
+    ] = None,
     streaming: StreamingOption = False,
     questions: Annotated[
         int, typer.Option(min=1, max=100, metavar="N", help="How many to ask.")
@@ -69,6 +77,8 @@ def demo(
     prompt's cache: generated tokens are never compressed. Seconds are of prefill, compression and
     decoding together.
     """
+    if preset is None:
+        preset = DEFAULT_PRESET if policy is PolicyName.vl_cache else Preset.paper
     config = checked_config(budget, preset, policy, streaming)
     with waiting("starting"):
         from vlcache_triton.formreader import MAX_ANSWER_TOKENS, draw_form, render_form

@@ -80,15 +80,11 @@ BudgetOption = Annotated[
 PolicyOption = Annotated[
     PolicyName, typer.Option("--policy", metavar="NAME", help=_choice("What is kept", PolicyName))
 ]
-PresetOption = Annotated[
-    Preset,
-    typer.Option(
-        "--preset",
-        metavar="NAME",
-        help="paper: VL-Cache as published; tuned: what answered best with form-reader, with a row"
-        " that stands for all that is evicted.",
-    ),
-]
+PRESET_HELP = (
+    "paper: VL-Cache as published; tuned: what answered best with form-reader, with a row that"
+    " stands for all that is evicted."
+)
+PresetOption = Annotated[Preset, typer.Option("--preset", metavar="NAME", help=PRESET_HELP)]
 DeviceOption = Annotated[
     str | None,
     typer.Option(
