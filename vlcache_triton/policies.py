@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,9 +32,16 @@ HeadSharing = Callable[[Tensor, Tensor], Tensor]
 FIRST_RANK = 1e6  # above any sum of attention, and whole numbers from here on are exact in fp32
 
 
+def _post_vision_rows(post_vision: int, length: int) -> int:
+    return post_vision
+
+
 @dataclass(frozen=True)
 class Policy:
     """How the tokens of a prompt are ranked, and how its budget is shared out.
+
+    Where its functions are a module's own, or partial ones of such, it can be pickled, and with it
+    a cache that it has compressed.
 
     name: for tables.
     query_rows: the rows whose attention is measured, for scores and sparsity alike.
@@ -44,7 +52,7 @@ class Policy:
     """
 
     name: str
-    query_rows: QueryRows = lambda post_vision, length: post_vision
+    query_rows: QueryRows = _post_vision_rows
     score: Scoring | None = None
     share_heads: HeadSharing | None = None
     choices: Mapping[str, Any] = field(default_factory=dict)
@@ -68,30 +76,22 @@ def full() -> Policy:
 def random_tokens(seed: int = 0) -> Policy:
     """Tokens drawn at random for each layer and head; a prompt of one length draws the same."""
 
-    def score(scores: Tensor, is_visual: Tensor | None) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.rand(scores.shape, generator=generator).to(scores.device)
-
+    score = partial(_at_random, seed)
     return Policy("random", _last_rows(1), score, choices={"allocation": "uniform"})
 
 
 def streaming_llm(sinks: int = 4) -> Policy:
     """StreamingLLM (Xiao et al., ICLR 2024): the first tokens, the sinks, and the most recent."""
 
-    def score(scores: Tensor, is_visual: Tensor | None) -> Tensor:
-        position = torch.arange(scores.shape[-1], dtype=scores.dtype, device=scores.device)
-        position[:sinks] = torch.inf
-        return position.expand_as(scores)
-
     # At least one token is recent by configuration, so the sinks never take the whole budget.
     choices = {"allocation": "uniform", "recent_fraction": 0.0}
-    return Policy("streaming_llm", _last_rows(1), score, choices=choices)
+    return Policy("streaming_llm", _last_rows(1), partial(_ends, sinks), choices=choices)
 
 
 def h2o() -> Policy:
     """H2O (Zhang et al., NeurIPS 2023): attention summed over all rows; half the budget recent."""
     choices = {"allocation": "uniform", "recent_fraction": 0.5}
-    return Policy("h2o", lambda post_vision, length: length, choices=choices)
+    return Policy("h2o", _all_rows, choices=choices)
 
 
 def snapkv(window: int = 32, pool: int = 5) -> Policy:
@@ -111,10 +111,7 @@ def pyramidkv(window: int = 8, pool: int = 7) -> Policy:
 def adakv(window: int = 32, pool: int = 7, safeguard: float = 0.2) -> Policy:
     """Ada-SnapKV (Feng et al., NeurIPS 2025): SnapKV's scores; the heads of a layer share its
     budget by their scores, each having `safeguard` of its even share for certain."""
-
-    def share_heads(scores: Tensor, keep: Tensor) -> Tensor:
-        return adaptive_heads(scores, keep, safeguard)
-
+    share_heads = partial(adaptive_heads, safeguard=safeguard)
     choices = {"allocation": "uniform", "smoothing": pool}
     return Policy("adakv", _last_rows(window), _keep_window(window), share_heads, choices)
 
@@ -128,15 +125,7 @@ def hindsight(attention: Tensor) -> Policy:
         attention: `[num_layers, num_kv_heads, length]` fp32, the attention that the prompt's
             tokens received from the answer's rows with the full cache. Of one prompt.
     """
-
-    def score(scores: Tensor, is_visual: Tensor | None) -> Tensor:
-        if scores.shape != attention.shape:
-            raise ValueError(
-                f"attention: got shape {tuple(attention.shape)}, expected {tuple(scores.shape)}"
-                " (num_layers, num_kv_heads, length), of the prompt that is compressed"
-            )
-        return attention.to(scores.device)
-
+    score = partial(_as_attended, attention)
     return Policy("hindsight", score=score, choices={"recent_fraction": 0.0})
 
 
@@ -165,19 +154,47 @@ def adaptive_heads(scores: Tensor, keep: Tensor, safeguard: float) -> Tensor:
     return counts.scatter_add_(1, head, is_taken.long()).cpu()
 
 
+def _all_rows(post_vision: int, length: int) -> int:
+    return length
+
+
 def _last_rows(n: int) -> QueryRows:
-    return lambda post_vision, length: min(n, length)
+    return partial(_at_most, n)
+
+
+def _at_most(n: int, post_vision: int, length: int) -> int:
+    return min(n, length)
+
+
+def _at_random(seed: int, scores: Tensor, is_visual: Tensor | None) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(scores.shape, generator=generator).to(scores.device)
+
+
+def _ends(sinks: int, scores: Tensor, is_visual: Tensor | None) -> Tensor:
+    position = torch.arange(scores.shape[-1], dtype=scores.dtype, device=scores.device)
+    position[:sinks] = torch.inf
+    return position.expand_as(scores)
+
+
+def _as_attended(attention: Tensor, scores: Tensor, is_visual: Tensor | None) -> Tensor:
+    if scores.shape != attention.shape:
+        raise ValueError(
+            f"attention: got shape {tuple(attention.shape)}, expected {tuple(scores.shape)}"
+            " (num_layers, num_kv_heads, length), of the prompt that is compressed"
+        )
+    return attention.to(scores.device)
 
 
 def _keep_window(window: int) -> Scoring:
     """The last `window` tokens outrank the others, the latest first."""
+    return partial(_window_first, window)
 
-    def score(scores: Tensor, is_visual: Tensor | None) -> Tensor:
-        first = max(scores.shape[-1] - window, 0)
-        ranks = FIRST_RANK + torch.arange(scores.shape[-1] - first, device=scores.device)
-        return torch.cat([scores[..., :first], ranks.to(scores).expand_as(scores[..., first:])], -1)
 
-    return score
+def _window_first(window: int, scores: Tensor, is_visual: Tensor | None) -> Tensor:
+    first = max(scores.shape[-1] - window, 0)
+    ranks = FIRST_RANK + torch.arange(scores.shape[-1] - first, device=scores.device)
+    return torch.cat([scores[..., :first], ranks.to(scores).expand_as(scores[..., first:])], -1)
 
 
 VL_CACHE = vl_cache_policy()
