@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import Backend
+from .backend import Backend, get_backend
 from .plan import CompressionPlan
 
 MAX_DECODE_ROWS = 16  # query rows that varlen_decode takes at once
@@ -223,6 +225,43 @@ class RaggedCache:
         capacities = [[row[s] for s in segments.tolist()] for row in self._capacities]
         self._rearrange(capacities, segments.to(self.k.device))
 
+    def copy(self, allocate: Callable[..., RaggedCache] | None = None) -> RaggedCache:
+        """The same segments in pools of their own.
+
+        Args:
+            allocate: makes the copy, of these sizes or larger ones; arguments as for RaggedCache.
+        """
+        rows, has_remainder = sum(map(sum, self._capacities)), self.first_key_bias is not None
+        heads = self.num_kv_heads, self.k, self.v, self.backend, has_remainder
+        make: Callable[..., RaggedCache] = RaggedCache if allocate is None else allocate
+        other = make(rows, self.max_seqlen_k, *self.seqused_k.shape, *heads)
+        other._place(self._capacities)
+        for mine, its in ((self.k, other.k), (self.v, other.v)):
+            its[:rows].copy_(mine[:rows])
+        other.seqused_k.copy_(self.seqused_k)
+        if self.first_key_bias is not None:
+            assert other.first_key_bias is not None
+            other.first_key_bias.copy_(self.first_key_bias)
+        other.room = self.room
+        return other
+
+    def __deepcopy__(self, memo: dict) -> RaggedCache:
+        return self.copy()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The live rows alone: what else is in the pools may never have been written."""
+        live = object.__new__(RaggedCache)
+        vars(live).update(vars(self), _evicted=None, _first_tokens=None)
+        live._rearrange(self.seqused_k.tolist(), None)
+        return {name: x for name, x in vars(live).items() if name != "backend"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Head room as it was; the backend is the device's own, whatever it was."""
+        vars(self).update(state)
+        self.backend = get_backend("auto", self.k.device)
+        self._rearrange([[rows + self.room for rows in row] for row in self._capacities], None)
+        self._first_tokens = self.cu_seqlens_k
+
     def _place(self, capacities: list[list[int]]) -> None:
         """Lay segments of these capacities one behind the other, layer by layer."""
         first, starts = 0, []
@@ -251,6 +290,7 @@ class RaggedCache:
         # Head room repeats the last live row: any row will do, and this one exists.
         last = (live.reshape(-1).long() - 1).clamp(min=0).repeat_interleave(flat)
         rows = old_starts.reshape(-1).long().repeat_interleave(flat) + column.minimum(last)
+        rows.clamp_(max=len(self.k) - 1)  # of an empty segment at the end, without head room
         self.k = self.k[rows]
         self.v = self.v[rows]
 

@@ -1,6 +1,8 @@
 """The ragged cache against lists of rows and dense fp32 attention; where no row is, poison is."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -245,10 +247,47 @@ def test_segments_that_keep_nothing():
     twin.check_attention(20)
 
 
+def lent(ragged):
+    """As `copy` into memory that is larger than need be."""
+    return ragged.copy(lambda rows, longest, *rest: RaggedCache(rows + 7, longest + 5, *rest))
+
+
+WAYS = {
+    "copied": copy.deepcopy,
+    "pickled": lambda ragged: pickle.loads(pickle.dumps(ragged)),
+    "lent": lent,
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("keep", [KEEP, [[0, 3], [2, 0]]], ids=str)
+@pytest.mark.parametrize("room", [0, 24])
+def test_copies_hold_the_same_and_share_nothing(way, keep, room):
+    twin = Twin(keep, room, num_kv_heads=1)
+    first, twin.ragged = twin.ragged, way(twin.ragged)
+    rows = [list(row) for row in twin.rows]
+    twin.check_rows()
+    twin.poison()
+    twin.ragged.reserve(1)
+    twin.append(1)
+    twin.check_rows()
+    twin.check_attention(1)
+    twin.ragged, twin.rows = first, rows
+    twin.check_rows()
+
+
+def test_a_pickle_has_no_row_that_is_not_live():
+    sizes = [len(pickle.dumps(Twin(KEEP, room).ragged)) for room in (0, 500)]
+    assert abs(sizes[1] - sizes[0]) < 100
+    state = Twin(KEEP, room=9).ragged.__getstate__()  # NaN in its head room
+    assert not state["k"].isnan().any() and not state["v"].isnan().any()
+
+
 STEPS = st.one_of(
     st.tuples(st.just("append"), st.sampled_from([1, 1, 1, 2, 5, 16, 17, 30])),
     st.tuples(st.just("reserve"), st.sampled_from([1, 4, 200])),
     st.tuples(st.just("select"), st.lists(st.integers(0, 1), min_size=1, max_size=3)),
+    st.tuples(st.just("duplicate"), st.sampled_from(list(WAYS))),
 )
 
 
@@ -270,6 +309,9 @@ def test_any_course_of_events(keep, room, steps):
             before = twin.ragged.room
             assert twin.ragged.reserve(argument) == (argument > before)
             assert twin.ragged.room >= argument
+        elif what == "duplicate":
+            before, twin.ragged = twin.ragged, WAYS[argument](twin.ragged)
+            assert twin.ragged.room == before.room
         else:
             twin.select([i % twin.ragged.num_seqs for i in argument])
         twin.check_rows()
