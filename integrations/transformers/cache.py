@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from math import isnan
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from vlcache_triton.report import CompressionReport
 from vlcache_triton.streaming import StreamingCompressor
 
 from .layers import VLCacheLayer, WindowLayer
-from .support import check_choices, check_config, layer_types, window_of
+from .support import check_choices, check_config, describe_model, layer_types, window_of
 
 if TYPE_CHECKING:
     from .graph import DecodeGraphs
@@ -38,6 +39,14 @@ class VLCache(Cache):
     inside `with vl_cache(model, ...)`, where each prompt finds its boundary; tokens after the
     prompt (answers, later turns) are kept whole. At budget 1.0, and for prompts without
     post-vision rows, it is a dynamic cache.
+
+    One image, many questions: `copy.deepcopy(cache)` for each question that is asked behind the
+    prompt; a copy has memory of its own. `torch.save(cache, file)` and, in another process,
+    `torch.load(file, weights_only=False)` (as pickles run code, of files that you trust) do for
+    later questions. Copied and saved between passes, and used inside any `vl_cache` block of the
+    same model; another one is refused. A copy decodes with its block's captured steps.
+
+    made_for: the model, by its type, its name or folder, and its text configuration's sizes.
 
     Args:
         model_config: `model.config`.
@@ -72,6 +81,7 @@ class VLCache(Cache):
         config = VLCacheConfig() if config is None else config
         check_choices(config, policy, streaming)
         check_config(model_config)
+        self.made_for = describe_model(model_config)
         text_config = model_config.get_text_config(decoder=True)
         layers: list[Any] = []
         self._num_layers = 0  # of full attention
@@ -100,6 +110,8 @@ class VLCache(Cache):
         self.pads: tuple[int, ...] = ()  # of each sequence
         # Of the last rows of the latest pass `[..., num_seqs, 1]`, if it was given any.
         self.position_ids: Tensor | None = None
+        # What the model has noted on itself, `[num_seqs, 1]` each (see rope_state.py).
+        self.rope_deltas: Sequence[Tensor | None] = ()
         self._step_rows = 0
         self._compressor: PromptCompressor | None = None
         self._report: CompressionReport | None = None
@@ -140,6 +152,29 @@ class VLCache(Cache):
                 f"cache: got {self.get_seq_length()} tokens in it, expected {num_past}"
             )
         self.prompt, self.pads, self.num_seen = prompt, prompt.pads, num_past
+
+    def decode_with(self, graphs: DecodeGraphs) -> None:
+        """Move to where captured steps can read it what is packed already: of a copy, of a cache
+        from a file or from another block."""
+        if self.graphs is graphs:
+            return
+        packed, windows = self.ragged, self.windows
+        if packed is not None:
+            self.ragged = None  # who borrows has the loan, or nothing yet
+            moved = packed
+            try:
+                moved = packed.copy(functools.partial(graphs.allocate, self))
+            finally:
+                self.ragged = moved
+            if windows is not None:
+                like = windows.k[0], windows.v[0]
+                self.windows = graphs.lend_windows(
+                    self, self._window, self._is_chunked, len(windows.k), *like
+                )
+                self.windows.take(windows)
+            elif self._window_layers:
+                self._make_rings(graphs)
+        self.graphs = graphs
 
     def begin_step(self, num_rows: int) -> None:
         """Announce a forward pass of `num_rows` tokens a sequence over the compressed cache."""
@@ -205,11 +240,10 @@ class VLCache(Cache):
 
     def _make_rings(self, graphs: DecodeGraphs) -> None:
         """Move what the prompt's pass has left in the window layers to where steps can read it."""
-        assert self.prompt is not None
         rows: list[Any] = [(layer.keys, layer.values) for layer in self._window_layers]
         shape = (self._window, self._is_chunked, len(rows), *rows[0])
         self.windows = graphs.lend_windows(self, *shape)
-        self.windows.fill(rows, self.prompt.pads, self.num_seen)
+        self.windows.fill(rows, self.pads, self.num_seen)
         for layer in self._window_layers:
             layer.keys = layer.values = None
 
@@ -223,6 +257,10 @@ class VLCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences of the batch, in this order."""
+        self.rope_deltas = [
+            x[indices.to(x.device)] if x is not None and len(x) == self.num_seqs else x
+            for x in self.rope_deltas
+        ]
         layers: list[Any] = self.layers if self.ragged is None else self._window_layers
         if self.windows is not None:
             self.windows.select_sequences(indices)
@@ -249,6 +287,24 @@ class VLCache(Cache):
             layer.is_initialized = False
         super().reset()
         self._forget()
+
+    def __copy__(self) -> None:
+        """Refused: both would write to the same memory."""
+        raise NotImplementedError("copy.copy: got a VLCache, expected copy.deepcopy")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and files: all but the captured steps, which are of one block."""
+        if self.is_in_step or self._compressor is not None:
+            raise ValueError("VLCache: got one amid a forward pass, expected one between passes")
+        return {**vars(self), "graphs": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        layers: list[Any] = self.layers
+        for layer in layers:
+            layer.belong_to(self, layer.index)
+        if self.ragged is not None:
+            self.ragged.backend = get_backend(self.backend_name, self.ragged.k.device)
 
     def activate_past_recording(self) -> None:
         """Refused: compression cannot be rolled back."""

@@ -121,9 +121,9 @@ def _checked_generate(model: PreTrainedModel, session: Session) -> Any:
         given = named_arguments(generate, args, kwargs)
         if given.get("inputs") is not None:
             given["input_ids"] = given.pop("inputs")
-        check_cache(given.get(CACHE))
+        check_cache(given.get(CACHE), session)
         check_generate(model, given)
-        with session.generating(given.get("input_ids")):
+        with session.generating(given.get("input_ids"), given.get(CACHE)):
             return generate(*args, **kwargs)
 
     return checked

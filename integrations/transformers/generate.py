@@ -204,13 +204,12 @@ def _next_position(cache: VLCache, logits: Tensor) -> Tensor:
 
 def _take_over(cache: VLCache, graphs: DecodeGraphs) -> None:
     """Have the prompt packed for these graphs, even a whole one."""
-    if cache.graphs is not graphs:
-        if cache.get_seq_length() > 0:
-            raise ValueError(
-                f"{CACHE}: got a cache that another loop has filled, expected an empty one"
-                " or one that session.generate has filled"
-            )
-        cache.graphs = graphs
+    if cache.graphs is not graphs and cache.ragged is None and cache.get_seq_length() > 0:
+        raise ValueError(
+            f"{CACHE}: got a whole cache that another loop has filled, expected an empty one, a"
+            " compressed one, or one that session.generate has filled"
+        )
+    cache.decode_with(graphs)
 
 
 def _penalised(

@@ -24,6 +24,10 @@ class OwnedLayer:
         self._owner = weakref.ref(owner)
         self.index = index
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the owner: who copies or loads a layer says whose it is."""
+        return {name: x for name, x in vars(self).items() if name != "_owner"}
+
     @property
     def owner(self) -> VLCache:
         """The cache that this is a layer of."""

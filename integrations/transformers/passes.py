@@ -45,7 +45,7 @@ def hook_passes(model: PreTrainedModel, session: Session, undo: ExitStack) -> No
     for part in models_of(model):
         before = part.register_forward_pre_hook(_begin(session), with_kwargs=True)
         undo.callback(before.remove)
-        after = part.register_forward_hook(_end, with_kwargs=True, always_call=True)
+        after = part.register_forward_hook(_end(session), with_kwargs=True, always_call=True)
         undo.callback(after.remove)
 
 
@@ -56,12 +56,16 @@ def named_arguments(function: Callable[..., Any], args: tuple, kwargs: dict) -> 
     return rename_cache(kwargs)
 
 
-def check_cache(cache: Any) -> None:
-    """Refuse a cache that would not be compressed."""
+def check_cache(cache: Any, session: Session) -> None:
+    """Refuse a cache that would not be compressed, and one of another model."""
     if cache is not None and not isinstance(cache, VLCache):
         raise ValueError(
             f"{CACHE}: got {type(cache).__name__}, expected a VLCache"
             " (session.new_cache()) or None inside a vl_cache block"
+        )
+    if cache is not None and cache.made_for != session.made_for:
+        raise ValueError(
+            f"{CACHE}: got one of {cache.made_for}, expected one of {session.made_for}"
         )
 
 
@@ -85,8 +89,9 @@ def _begin(session: Session) -> Any:
                 return (), kwargs
             cache = session.new_cache()
             kwargs = {**kwargs, CACHE: cache, "use_cache": True}
-        check_cache(cache)
+        check_cache(cache, session)
         session.cache = cache
+        session.resume(cache)
         if cache.ragged is not None:
             _begin_step(session, cache, kwargs)
         else:
@@ -100,18 +105,23 @@ def _begin(session: Session) -> Any:
     return begin
 
 
-def _end(model: PreTrainedModel, args: tuple, kwargs: dict, output: Any) -> None:
+def _end(session: Session) -> Any:
     """A forward hook: count the step's tokens, and see that the prompt was compressed."""
-    if running.get() is not model:
-        return
-    running.set(None)
-    prefilling.set(None)
-    cache = kwargs.get(CACHE)
-    if output is None or not isinstance(cache, VLCache):  # None: the pass has raised
-        return
-    cache.end_step()
-    if cache.will_compress and not cache.is_compressed:
-        raise unobserved(model)
+
+    def end(model: PreTrainedModel, args: tuple, kwargs: dict, output: Any) -> None:
+        if running.get() is not model:
+            return
+        running.set(None)
+        prefilling.set(None)
+        cache = kwargs.get(CACHE)
+        if output is None or not isinstance(cache, VLCache):  # None: the pass has raised
+            return
+        cache.end_step()
+        cache.rope_deltas = session.rope_state.noted()
+        if cache.will_compress and not cache.is_compressed:
+            raise unobserved(model)
+
+    return end
 
 
 def _begin_step(session: Session, cache: VLCache, kwargs: dict[str, Any]) -> None:

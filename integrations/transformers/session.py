@@ -22,7 +22,8 @@ from vlcache_triton.report import CompressionReport
 from .cache import MAX_HEAD_ROOM, VLCache
 from .generate import check_stopping, lean_loop, static_warpers
 from .graph import DecodeGraphs
-from .support import check_lean
+from .rope_state import RopeState
+from .support import check_lean, describe_model
 
 
 @dataclass
@@ -73,6 +74,8 @@ class Session:
         read none; None before the first. Held until the block ends.
     is_open: False once the block has ended; the report stays.
     graphs: the captured decode steps.
+    made_for: the model, as its caches have it.
+    rope_state: what the model notes on itself between the passes of a prompt.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class Session:
         self.graphs = DecodeGraphs(model.device, can_capture=cuda_graph)
         self._packs_whole = cuda_graph
         self._forward = model.forward
+        self.made_for, self.rope_state = describe_model(model.config), RopeState(model)
 
     def new_cache(self, max_new_tokens: int = MAX_HEAD_ROOM) -> VLCache:
         """An empty cache for manual loops and dialogues, to hand over as `cache`, or by the name
@@ -160,15 +164,25 @@ class Session:
         return generate(**kwargs, custom_generate=loop)
 
     @contextmanager
-    def generating(self, input_ids: Any) -> Iterator[None]:
-        """Round a `generate` of this thread over these tokens; the cache that it decodes on is
-        the session's at its end. (Guidance reads prompts of its own in between.)"""
+    def generating(self, input_ids: Any, cache: VLCache | None) -> Iterator[None]:
+        """Round a `generate` of this thread over these tokens, on this cache if one was given; the
+        cache that it decodes on is the session's at its end. (Guidance reads prompts of its own in
+        between.)"""
+        if cache is not None:
+            self.rope_state.recall(cache)
         outer, self._own.run = self._own.run, _Run(input_ids)
         try:
             yield
             self.cache = self._own.run.cache or self.cache
         finally:
             self._own.run = outer
+
+    def resume(self, cache: VLCache) -> None:
+        """Before each pass: go on where the cache's latest has ended, whichever came between."""
+        if self._own.run is None:  # else once, before `generate` looks at new images
+            self.rope_state.recall(cache)
+        if self._packs_whole and cache.ragged is not None:
+            cache.decode_with(self.graphs)
 
     def decodes_on(self, cache: VLCache) -> None:
         """Note the cache of the `generate` that is running."""

@@ -16,6 +16,14 @@ from vlcache_triton.policies import VL_CACHE, Policy
 from vlcache_triton.prompt import left_pads
 
 SUPPORTED_VERSIONS = ">=5.17,<5.25"  # of Transformers: what pyproject.toml asks for, and CI tests
+# Of a text configuration: models that differ in them cannot share a cache.
+SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 GENERATION_MODES = (
     GenerationMode.GREEDY_SEARCH,
@@ -117,6 +125,14 @@ def window_of(text_config: PreTrainedConfig) -> tuple[int, bool]:
         text_config.attention_chunk_size if is_chunked else text_config.sliding_window,
         is_chunked,
     )
+
+
+def describe_model(config: PreTrainedConfig) -> str:
+    """Which model a cache is of: its type, the last part of its name, its text model's sizes."""
+    name = str(getattr(config, "name_or_path", None) or "").rstrip("/").split("/")[-1]
+    text_config = config.get_text_config(decoder=True)
+    sizes = ", ".join(f"{size}={_of_a_layer(text_config, size)}" for size in SIZES)
+    return f"{config.model_type} {name!r} ({sizes})"
 
 
 def check_choices(config: Any, policy: Any, streaming: bool) -> None:

@@ -76,6 +76,11 @@ class WindowRings:
             self.k[layer, :, :, slots] = k
             self.v[layer, :, :, slots] = v
 
+    def take(self, other: WindowRings) -> None:
+        """Become a copy of others of the same sizes, in place; between passes."""
+        for name in ("k", "v", "_positions", "_pads"):
+            getattr(self, name).copy_(getattr(other, name))
+
     def advance(self, num_seen: int, n: int) -> None:
         """Announce a pass of n rows a sequence, behind num_seen tokens. No sync.
 

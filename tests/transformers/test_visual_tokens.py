@@ -48,10 +48,10 @@ def test_an_id_in_the_vision_config(family, monkeypatch):
     inputs.pop("mm_token_type_ids", None)
     kept = oracle.kept_tokens(family, inputs, CONFIG)
     config = family.model.config
+    monkeypatch.setattr(config.vision_config, "image_token_id", 100, raising=False)
+    monkeypatch.setattr(visual, "ID_NAMES", ("image_token_id",))
+    monkeypatch.setattr(type(config), "model_type", "renamed")
     with vl_cache(family.model, CONFIG), torch.no_grad():
-        monkeypatch.setattr(config.vision_config, "image_token_id", 100, raising=False)
-        monkeypatch.setattr(visual, "ID_NAMES", ("image_token_id",))
-        monkeypatch.setattr(type(config), "model_type", "renamed")
         assert visual.visual_ids(config) == [100]
         assert_kept(family.model(**inputs)[CACHE], kept, inputs)
 

@@ -185,6 +185,7 @@ class CompressedCopies(VLCache):
         self.num_seen = plan.prompt.padded_length
         for i, layer in source.other_layers.items():
             layer = copy.deepcopy(layer)
+            layer.belong_to(self, layer.index)
             layer.batch_repeat_interleave(len(plan.prompt.pads))
             self.layers[i] = layer
 
