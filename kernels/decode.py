@@ -246,8 +246,8 @@ def varlen_decode(
                 HEAD_SIZE_V=d_v,
                 D_V=padded(d_v),
                 PAGED=paged,
-                BLOCK_S=16,
-                num_warps=2,
+                BLOCK_S=32,
+                num_warps=4,
             )
     return (out, lse) if lse is not None else out
 

@@ -211,10 +211,10 @@ def test_any_number_of_splits(device, monkeypatch, multiprocessors: int) -> None
 
 
 def test_more_splits_than_are_combined_at_once(device, monkeypatch) -> None:
-    """Splits of the least size: 79 of the longest sequence, 16 and 1 of the others."""
-    lengths = [79 * 32 - 1, 16 * 32, 31]
+    """Splits of the least size: 79 of the longest sequence, 32 and 1 of the others."""
+    lengths = [79 * 32 - 1, 32 * 32, 31]
     batch = random_varlen([1, 1, 1], lengths, num_heads=2, num_kv_heads=1, d=16, device=device)
-    batch.k[16 * 32 : 79 * 32 - 1] *= 3  # so that the maximum rises behind the first 16
+    batch.k[32 * 32 : 79 * 32 - 1] *= 3  # so that the maximum rises behind the first 32
     monkeypatch.setattr(decode, "num_multiprocessors", lambda _: 1000)
     assert decode_workspace(batch.q, batch.v, 3, 1, lengths[0]).numel() == 79 * 3 * 2 * 17
     assert_decode_accurate(run_decode(varlen_decode, batch), batch)
