@@ -5,6 +5,7 @@ Transformers keeps that on the model, for the latest prompt alone; here it goes 
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -26,7 +27,8 @@ class RopeState:
         return tuple(holder.rope_deltas for holder in self._holders)
 
     def recall(self, cache: VLCache) -> None:
-        """Before a pass that goes on from what is in the cache."""
-        for holder, deltas in zip(self._holders, cache.rope_deltas, strict=False):
+        """Before a pass that goes on from what is in the cache; where that is nothing, no other
+        prompt's are left."""
+        for holder, deltas in zip_longest(self._holders, cache.rope_deltas):
             if holder.rope_deltas is not deltas:
                 holder.rope_deltas = deltas

@@ -200,6 +200,21 @@ def test_such_a_prefix_where_two_passes_are_not_one(family):
         assert cache.get_seq_length() == length
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
+@torch.no_grad()
+def test_a_prompt_begins_without_the_offsets_of_another(family):
+    """The model keeps those of a batch of two; a text that is read next has none."""
+    two = {k: torch.cat([v, v]) for k, v in family.inputs(LONG).items()}
+    text, step = torch.tensor([PREFIX]), torch.tensor([[7]])
+    expected = family.model(input_ids=torch.cat([text, step], 1)).logits[:, -1]
+    with vl_cache(family.model, CONFIG, cuda_graph=False) as session:
+        family.model(**two)
+        cache = session.new_cache()
+        family.model(input_ids=text, **{CACHE: cache})
+        out = family.model(input_ids=step, **{CACHE: cache})
+    torch.testing.assert_close(out.logits[:, -1], expected, atol=ORACLE_ATOL, rtol=0)
+
+
 @pytest.mark.parametrize("cuda_graph", [False, True])
 @torch.no_grad()
 def test_an_image_in_a_later_turn_is_said_to_be_whole(family, cuda_graph):
