@@ -10,7 +10,7 @@ import torch
 from measure import DEVICE, DTYPE, HAS_GPU
 from torch import Tensor
 
-from vlcache_triton import reference
+from vlcache_triton.kernels import reference
 from vlcache_triton.kernels.compact import compact_kv, compact_kv_
 from vlcache_triton.kernels.remainder import store_means, sum_evicted
 from vlcache_triton.kernels.select import Selection, select_tokens

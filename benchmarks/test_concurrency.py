@@ -16,7 +16,7 @@ from test_end_to_end import between, now, synchronise
 from transformers import PreTrainedModel
 
 from vlcache_triton.integrations.transformers import Session, VLCache, vl_cache
-from vlcache_triton.ragged import RaggedCache
+from vlcache_triton.pool.ragged import RaggedCache
 
 LENGTH = 8192 if HAS_GPU else 60
 NEW_TOKENS = 30 if HAS_GPU else 5

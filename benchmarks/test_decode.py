@@ -15,7 +15,7 @@ from measure import DEVICE, DTYPE, HAS_GPU, check, num_copies
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vlcache_triton import reference
+from vlcache_triton.kernels import reference
 from vlcache_triton.kernels.decode import varlen_decode
 
 NUM_HEADS, HEAD_SIZE = (32, 128) if HAS_GPU else (4, 16)

@@ -10,7 +10,7 @@ import torch
 from measure import DEVICE, DTYPE, HAS_GPU, check, num_copies
 from torch import Tensor
 
-from vlcache_triton import reference
+from vlcache_triton.kernels import reference
 from vlcache_triton.kernels.score import PostVisionStats, post_vision_stats
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = (32, 8, 128) if HAS_GPU else (4, 2, 16)

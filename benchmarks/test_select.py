@@ -10,7 +10,7 @@ import torch
 from measure import DEVICE, HAS_GPU, num_copies
 from torch import Tensor
 
-from vlcache_triton import reference
+from vlcache_triton.kernels import reference
 from vlcache_triton.kernels.select import Selection, select_tokens
 
 NUM_LAYERS, NUM_KV_HEADS = (32, 8) if HAS_GPU else (3, 2)

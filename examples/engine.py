@@ -20,7 +20,7 @@ from form_reader import FormReader
 from torch import Tensor
 
 from vlcache_triton import VLCacheConfig, layer_budgets
-from vlcache_triton.backend import BackendName, get_backend
+from vlcache_triton.ops import BackendName, get_backend
 
 
 @dataclass
@@ -236,8 +236,8 @@ def main() -> None:
     """Ask about a few pages at once."""
     from transformers import LlavaProcessor  # for what comes before and after the engine
 
-    from vlcache_triton.formreader import chat, draw_dialogue, encode_chats, render
-    from vlcache_triton.formreader.model import WEIGHTS
+    from vlcache_triton.apps.formreader import chat, draw_dialogue, encode_chats, render
+    from vlcache_triton.apps.formreader.model import WEIGHTS
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--budget", type=float, default=0.6, help="share of the cache to keep")

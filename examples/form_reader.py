@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vlcache_triton.formreader.model import WEIGHTS
+from vlcache_triton.apps.formreader.model import WEIGHTS
 
 EMBEDDING = "language_model.model.embed_tokens.weight"
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .validate import (
+from .checks import (
     expect,
     expect_float,
     expect_int32,

@@ -6,14 +6,14 @@ import torch
 import triton
 from torch import Tensor
 
-from .compact_kernels import _compact_in_place_kernel, _compact_kernel
-from .validate import (
+from .checks import (
     expect,
     expect_float,
     expect_int32,
     expect_paged_or_packed,
     expect_same_device,
 )
+from .compact_kernels import _compact_in_place_kernel, _compact_kernel
 
 TILE_BYTES = 8192  # of K, and as many of V: 32 registers a thread, so that many programs fit
 ROWS_IN_PLACE = 256  # of a tile of columns: 16 KiB, as only so many programs can run at once

@@ -15,8 +15,7 @@ import triton
 from torch import Tensor
 
 from .append import append_kv
-from .decode_kernels import _combine_kernel, _split_kernel
-from .validate import (
+from .checks import (
     expect,
     expect_float,
     expect_int32,
@@ -25,6 +24,7 @@ from .validate import (
     num_multiprocessors,
     padded,
 )
+from .decode_kernels import _combine_kernel, _split_kernel
 
 __all__ = [
     "MAX_SEQLEN_Q",

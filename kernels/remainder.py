@@ -13,9 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .compact import source_arguments, validate_selection
-from .compact_kernels import INTEGERS, _rows_of
-from .validate import (
+from .checks import (
     expect,
     expect_float,
     expect_int32,
@@ -23,6 +21,8 @@ from .validate import (
     expect_same_device,
     padded,
 )
+from .compact import source_arguments, validate_selection
+from .compact_kernels import INTEGERS, _rows_of
 
 CHUNK = 256  # rows that one program adds up, so that one long prompt fills the GPU
 SUMS_BYTES = 8192  # of the sums that a program has for K, and as many for V

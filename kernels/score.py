@@ -22,8 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .score_kernels import _column_kernel, _combine_kernel, _row_kernel
-from .validate import (
+from .checks import (
     expect,
     expect_float,
     expect_int32,
@@ -31,6 +30,7 @@ from .validate import (
     num_multiprocessors,
     padded,
 )
+from .score_kernels import _column_kernel, _combine_kernel, _row_kernel
 
 MAX_SPLITS = 128  # the combine kernel holds all splits of a row at once
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .validate import expect, expect_int32, expect_same_device
+from .checks import expect, expect_int32, expect_same_device
 
 
 class Selection(NamedTuple):

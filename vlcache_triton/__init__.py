@@ -6,16 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .budgets import layer_budgets
-    from .config import VLCacheConfig
     from .integrations.transformers import vl_cache
+    from .recipe.budgets import layer_budgets
+    from .recipe.config import VLCacheConfig
 
 __version__ = "0.1.0"
 __all__ = ["VLCacheConfig", "layer_budgets", "vl_cache"]
 
 _HOMES = {
-    "VLCacheConfig": ".config",
-    "layer_budgets": ".budgets",
+    "VLCacheConfig": ".recipe.config",
+    "layer_budgets": ".recipe.budgets",
     "vl_cache": ".integrations.transformers",
 }
 

@@ -17,15 +17,15 @@ from form_words import encode
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from vlcache_triton.formreader import Page, Task, ask, draw_pages
-from vlcache_triton.formreader.pages import (
+from vlcache_triton.apps.formreader import Page, Task, ask, draw_pages
+from vlcache_triton.apps.formreader.pages import (
     CONSONANTS,
     GRID_SIZE,
     SLOT_WIDTH,
     VOWELS,
     WORD_LENGTH,
 )
-from vlcache_triton.formreader.render import CELL_SIZE, FONT_SIZE
+from vlcache_triton.apps.formreader.render import CELL_SIZE, FONT_SIZE
 
 FIRST_CHARACTER, NUM_CHARACTERS = 32, 95  # printable ASCII; a space is a blank
 FONTS = ("DejaVuSansMono.ttf", "DejaVuSansMono-Bold.ttf", "DejaVuSans.ttf")

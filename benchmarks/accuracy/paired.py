@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vlcache_triton.evaluation.run import read_results
+from vlcache_triton.apps.evaluation.run import read_results
 
 BUDGETS = (0.05, 0.1, 0.2, 0.4)
 RESAMPLES = 10_000

@@ -29,8 +29,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vlcache_triton import VLCacheConfig, layer_budgets
-from vlcache_triton.evaluation.metrics import wilson_interval
-from vlcache_triton.formreader import (
+from vlcache_triton.apps.evaluation.metrics import wilson_interval
+from vlcache_triton.apps.formreader import (
     Task,
     chat,
     draw_dialogue,
@@ -38,7 +38,7 @@ from vlcache_triton.formreader import (
     load_form_reader,
     render,
 )
-from vlcache_triton.policies import adaptive_heads
+from vlcache_triton.recipe.policies import adaptive_heads
 
 # As `vlcache eval` calls them, so that the split "test" has its pages.
 SETS: dict[str, tuple[Task, ...]] = {

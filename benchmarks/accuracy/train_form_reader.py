@@ -41,10 +41,10 @@ from form_words import with_words
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from vlcache_triton.evaluation import SUITES, Suite
-from vlcache_triton.formreader import chat, draw_dialogue, load_form_reader
-from vlcache_triton.formreader.model import WEIGHTS
-from vlcache_triton.formreader.pages import GRID_SIZE, WORD_LENGTH
+from vlcache_triton.apps.evaluation import SUITES, Suite
+from vlcache_triton.apps.formreader import chat, draw_dialogue, load_form_reader
+from vlcache_triton.apps.formreader.model import WEIGHTS
+from vlcache_triton.apps.formreader.pages import GRID_SIZE, WORD_LENGTH
 
 BLANK_WEIGHT = 0.03  # of blank cells in the reading loss: most cells are
 WARMUP_STEPS = 50

@@ -20,10 +20,10 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlcache_triton import VLCacheConfig
-from vlcache_triton.formreader import chat
-from vlcache_triton.images import read_image
+from vlcache_triton.apps.formreader import chat
+from vlcache_triton.apps.images import read_image
 from vlcache_triton.integrations.transformers import vl_cache
-from vlcache_triton.policies import POLICIES, VL_CACHE
+from vlcache_triton.recipe.policies import POLICIES, VL_CACHE
 
 TUNED = "tuned"
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
@@ -39,7 +39,8 @@ class VLCacheModel(lmms):
         pretrained: a model on the hub, or a folder; its code is never run.
         budget: of VLCacheConfig: a share such as 0.1 or 1.0, or, as a whole number from 2 on,
             tokens a layer.
-        policy: a name of vlcache_triton.policies.POLICIES, or "tuned", VLCacheConfig.tuned().
+        policy: a name of vlcache_triton.recipe.policies.POLICIES, or "tuned", which is
+            VLCacheConfig.tuned().
         revision: of the model on the hub.
         dtype: a dtype of torch by name, or "auto", the checkpoint's.
         device: of the model; CUDA where there is one.

@@ -14,7 +14,7 @@ from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch import Tensor
 
-from vlcache_triton.backend import get_backend
+from vlcache_triton.ops import get_backend
 
 from .block_table import PackedLayout, fill_block_table
 from .fitting import describe_fit

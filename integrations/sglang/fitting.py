@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlcache_triton.config import VLCacheConfig
+from vlcache_triton.recipe.config import VLCacheConfig
 
 from .prompts import slots_needed
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vlcache_triton.plan import CompressionPlan
+from vlcache_triton.recipe.plan import CompressionPlan
 
 
 class KeptPositions:

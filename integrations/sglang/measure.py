@@ -15,10 +15,10 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from vlcache_triton.backend import Backend
-from vlcache_triton.config import VLCacheConfig
-from vlcache_triton.plan import CompressionPlan, plan_from_scores
-from vlcache_triton.prompt import Prompt, to_device
+from vlcache_triton.ops import Backend
+from vlcache_triton.recipe.config import VLCacheConfig
+from vlcache_triton.recipe.plan import CompressionPlan, plan_from_scores
+from vlcache_triton.recipe.prompt import Prompt, to_device
 
 from .prompts import PromptSums, PromptTable, TrackedPrompt
 from .ranks import Ranks

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vlcache_triton.backend import Backend
-from vlcache_triton.plan import CompressionPlan
-from vlcache_triton.prompt import to_device
+from vlcache_triton.ops import Backend
+from vlcache_triton.recipe.plan import CompressionPlan
+from vlcache_triton.recipe.prompt import to_device
 
 from .block_table import PackedLayout, cell_rows
 from .prompts import TrackedPrompt

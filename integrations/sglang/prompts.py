@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vlcache_triton.budgets import layer_budgets
-from vlcache_triton.config import VLCacheConfig
-from vlcache_triton.policies import VL_CACHE
-from vlcache_triton.prompt import count_query_rows
+from vlcache_triton.recipe.budgets import layer_budgets
+from vlcache_triton.recipe.config import VLCacheConfig
+from vlcache_triton.recipe.policies import VL_CACHE
+from vlcache_triton.recipe.prompt import count_query_rows
 
 
 class PromptSums(NamedTuple):

@@ -13,10 +13,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from vlcache_triton.config import VLCacheConfig
-from vlcache_triton.plan import layer_scores
-from vlcache_triton.prompt import Prompt
-from vlcache_triton.reference import PostVisionStats
+from vlcache_triton.kernels.reference import PostVisionStats
+from vlcache_triton.recipe.config import VLCacheConfig
+from vlcache_triton.recipe.plan import layer_scores
+from vlcache_triton.recipe.prompt import Prompt
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast, get_args
 
-from vlcache_triton.backend import BackendName
-from vlcache_triton.config import VLCacheConfig
+from vlcache_triton.ops import BackendName
+from vlcache_triton.recipe.config import VLCacheConfig
 
 PREFIX = "VLCACHE_"
 

@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from vlcache_triton.prompt import Prompt
+from vlcache_triton.recipe.prompt import Prompt
 
 from .prefill import prefill_attention
 

@@ -13,21 +13,22 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from vlcache_triton import VLCacheConfig
-from vlcache_triton.backend import BackendName, get_backend
-from vlcache_triton.compress import PromptCompressor
-from vlcache_triton.plan import CompressionPlan
-from vlcache_triton.policies import VL_CACHE, Policy
-from vlcache_triton.prompt import Prompt
-from vlcache_triton.ragged import RaggedCache
-from vlcache_triton.report import CompressionReport
-from vlcache_triton.streaming import StreamingCompressor
+from vlcache_triton.ops import BackendName, get_backend
+from vlcache_triton.pool.compress import PromptCompressor
+from vlcache_triton.pool.ragged import RaggedCache
+from vlcache_triton.pool.streaming import StreamingCompressor
+from vlcache_triton.recipe.plan import CompressionPlan
+from vlcache_triton.recipe.policies import VL_CACHE, Policy
+from vlcache_triton.recipe.prompt import Prompt
+from vlcache_triton.recipe.report import CompressionReport
 
 from .layers import VLCacheLayer, WindowLayer
 from .support import check_choices, check_config, describe_model, layer_types, window_of
 
 if TYPE_CHECKING:
+    from vlcache_triton.pool.rings import WindowRings
+
     from .graph import DecodeGraphs
-    from .windows import WindowRings
 
 MAX_HEAD_ROOM = 256  # rows reserved for new tokens at compression; a longer answer grows the pools
 

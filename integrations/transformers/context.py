@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from vlcache_triton import VLCacheConfig
-from vlcache_triton.backend import BackendName, get_backend
-from vlcache_triton.policies import VL_CACHE, Policy
+from vlcache_triton.ops import BackendName, get_backend
+from vlcache_triton.recipe.policies import VL_CACHE, Policy
 
 from .attention import NAME, register
 from .cache import MAX_HEAD_ROOM
@@ -49,8 +49,8 @@ def vl_cache(
     Args:
         model: a vision-language model of Transformers with causal text.
         config: the choices of compression, or give them as keywords: `budget=0.1`.
-        policy: what ranks tokens and shares the budget out (vlcache_triton.policies), to compare
-            VL-Cache with its rivals.
+        policy: what ranks tokens and shares the budget out (vlcache_triton.recipe.policies), to
+            compare VL-Cache with its rivals.
         backend: "auto" is the Triton kernels on CUDA and the fp32 reference elsewhere.
         cuda_graph: decode by replaying a captured step; default on CUDA. Where a capture fails,
             decoding goes on eagerly, with a warning that says why.

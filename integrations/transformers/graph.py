@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from vlcache_triton.ragged import RaggedCache
+from vlcache_triton.pool.ragged import RaggedCache
+from vlcache_triton.pool.rings import WindowRings
 
 from .cache import VLCache
 from .names import CACHE
-from .windows import WindowRings
 
 # What a decode forward may be given besides its token and position: of use to the prompt only.
 PROMPT_ONLY = {

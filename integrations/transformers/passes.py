@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from vlcache_triton.prompt import Prompt, left_pads, read_prompt
+from vlcache_triton.recipe.prompt import Prompt, left_pads, read_prompt
 
 from .attention import prefilling
 from .cache import VLCache

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlcache_triton.prompt import Prompt
+from vlcache_triton.recipe.prompt import Prompt
 
 
 def prefill_attention(

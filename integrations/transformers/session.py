@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlcache_triton import VLCacheConfig
-from vlcache_triton.backend import BackendName
-from vlcache_triton.policies import Policy
-from vlcache_triton.report import CompressionReport
+from vlcache_triton.ops import BackendName
+from vlcache_triton.recipe.policies import Policy
+from vlcache_triton.recipe.report import CompressionReport
 
 from .cache import MAX_HEAD_ROOM, VLCache
 from .generate import check_stopping, lean_loop, static_warpers

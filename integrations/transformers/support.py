@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, __version__
 from transformers.generation.configuration_utils import GenerationMode
 
 from vlcache_triton import VLCacheConfig
-from vlcache_triton.policies import VL_CACHE, Policy
-from vlcache_triton.prompt import left_pads
+from vlcache_triton.recipe.policies import VL_CACHE, Policy
+from vlcache_triton.recipe.prompt import left_pads
 
 SUPPORTED_VERSIONS = ">=5.17,<5.25"  # of Transformers: what pyproject.toml asks for, and CI tests
 # Of a text configuration: models that differ in them cannot share a cache.
@@ -148,7 +148,8 @@ def check_choices(config: Any, policy: Any, streaming: bool) -> None:
         )
     if not isinstance(policy, Policy):
         raise ValueError(
-            f"policy: got {policy!r}, expected a Policy, such as vlcache_triton.policies.snapkv()"
+            f"policy: got {policy!r}, expected a Policy, such as"
+            " vlcache_triton.recipe.policies.snapkv()"
         )
     if streaming and policy is not VL_CACHE:
         raise NotImplementedError(

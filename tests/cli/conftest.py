@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import pytest
 
-from vlcache_triton.cli.app import run
-from vlcache_triton.formreader import Dialogue, draw_dialogue, render
+from vlcache_triton.apps.cli.app import run
+from vlcache_triton.apps.formreader import Dialogue, draw_dialogue, render
 
 
 class Outcome(NamedTuple):

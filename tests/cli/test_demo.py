@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlcache_triton.cli.demo import DEFAULT_BUDGET, DEFAULT_SEED, SWEEP
-from vlcache_triton.formreader import draw_form, render_form
+from vlcache_triton.apps.cli.demo import DEFAULT_BUDGET, DEFAULT_SEED, SWEEP
+from vlcache_triton.apps.formreader import draw_form, render_form
 
 NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM, FLOAT32 = 8, 2, 64, 4
 BYTES_A_TOKEN = 2 * NUM_KV_HEADS * HEAD_DIM * FLOAT32  # K and V, of one layer

@@ -5,7 +5,7 @@ import shlex
 import pytest
 from rich.cells import cell_len
 
-from vlcache_triton.cli.demo_tables import print_demo
+from vlcache_triton.apps.cli.demo_tables import print_demo
 
 RIGHT, WRONG = "AB12CD34", "AB12CD3"  # the longest value, and one cut off
 NUM_LAYERS = 8

@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-import vlcache_triton.cli
+import vlcache_triton.apps.cli
 
 
 def test_help_names_the_commands_and_loads_no_model_library():
     code = (
-        "import sys; from vlcache_triton.cli import main; sys.argv = ['vlcache', '--help'];"
+        "import sys; from vlcache_triton.apps.cli import main; sys.argv = ['vlcache', '--help'];"
         "assert main() == 0;"
         "print([m for m in ('torch', 'transformers', 'PIL', 'matplotlib', 'triton')"
         " if m in sys.modules])"
@@ -24,11 +24,11 @@ def test_help_names_the_commands_and_loads_no_model_library():
 
 @pytest.mark.parametrize("name", ["typer", "matplotlib"])
 def test_without_the_extra_one_line_says_so(monkeypatch, capsys, name):
-    find_spec = vlcache_triton.cli.find_spec
+    find_spec = vlcache_triton.apps.cli.find_spec
     monkeypatch.setattr(
-        vlcache_triton.cli, "find_spec", lambda n: None if n == name else find_spec(n)
+        vlcache_triton.apps.cli, "find_spec", lambda n: None if n == name else find_spec(n)
     )
-    assert vlcache_triton.cli.main() == 2
+    assert vlcache_triton.apps.cli.main() == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     (line,) = captured.err.splitlines()
@@ -45,6 +45,6 @@ def test_an_interrupt_ends_it_quietly(vlcache, monkeypatch, tmp_path):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vlcache_triton.cli.vlm.VisionLanguageModel.encode", interrupt)
+    monkeypatch.setattr("vlcache_triton.apps.cli.vlm.VisionLanguageModel.encode", interrupt)
     outcome = vlcache("demo", "--out", tmp_path / "page.png")
     assert (outcome.code, outcome.out, outcome.err) == (130, "", "")

@@ -10,7 +10,7 @@ import transformers
 import triton
 
 import vlcache_triton
-from vlcache_triton.cli import env
+from vlcache_triton.apps.cli import env
 
 
 def test_json_has_versions_machine_and_backend(vlcache):
@@ -70,7 +70,7 @@ def test_a_backend_that_cannot_load_is_told(monkeypatch):
     def broken(*_):
         raise ImportError("libcuda.so.1: cannot open shared object file\nmore")
 
-    monkeypatch.setattr("vlcache_triton.backend.get_backend", broken)
+    monkeypatch.setattr("vlcache_triton.ops.get_backend", broken)
     assert env.environment()["backend"] == (
         "none: ImportError: libcuda.so.1: cannot open shared object file"
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlcache_triton.formreader.model import WEIGHTS
+from vlcache_triton.apps.formreader.model import WEIGHTS
 
 NUM_VISUAL = 24 * 24
 

@@ -7,8 +7,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import huggingface_hub
 import pytest
 
-from vlcache_triton.cli.console import UserError
-from vlcache_triton.cli.hub import check_exists
+from vlcache_triton.apps.cli.console import UserError
+from vlcache_triton.apps.cli.hub import check_exists
 
 #: What the hub says of each model: status, and the header that tells why.
 ANSWERS = {

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from vlcache_triton.formreader import chat, encode_chats, load_form_reader, render
+from vlcache_triton.apps.formreader import chat, encode_chats, load_form_reader, render
 from vlcache_triton.integrations.transformers import vl_cache
 
 
@@ -81,7 +81,7 @@ def test_a_folder_that_cannot_be_written(vlcache, dialogue, page, tmp_path):
 
 def test_a_grid_that_cannot_be_told(vlcache, dialogue, page, tmp_path, monkeypatch):
     """The budgets are drawn all the same, and a line says why nothing else is."""
-    from vlcache_triton import pictures
+    from vlcache_triton.apps import pictures
 
     def unknown(*_):
         raise pictures.UnknownGridError("the image grid of 'other' models cannot be recovered")

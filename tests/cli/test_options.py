@@ -9,11 +9,11 @@ import torch
 
 import vlcache_triton
 from vlcache_triton import VLCacheConfig
-from vlcache_triton.cli import vlm
-from vlcache_triton.cli.eval import SUITE_NAMES
-from vlcache_triton.cli.options import PolicyName
-from vlcache_triton.evaluation import SUITES
-from vlcache_triton.policies import POLICIES
+from vlcache_triton.apps.cli import vlm
+from vlcache_triton.apps.cli.eval import SUITE_NAMES
+from vlcache_triton.apps.cli.options import PolicyName
+from vlcache_triton.apps.evaluation import SUITES
+from vlcache_triton.recipe.policies import POLICIES
 
 COMMANDS = ["demo", "generate", "inspect", "eval", "env"]
 

@@ -13,7 +13,7 @@ from transformers import (
     LlavaNextProcessor,
 )
 
-from vlcache_triton.formreader.model import WEIGHTS
+from vlcache_triton.apps.formreader.model import WEIGHTS
 
 NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM, FLOAT32 = 3, 2, 16, 4
 PINPOINTS = [[56, 112], [112, 56]]

@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 from transformers.utils import is_torchvision_available
 
-from vlcache_triton.formreader.model import WEIGHTS
+from vlcache_triton.apps.formreader.model import WEIGHTS
 
 
 def fails(outcome, *words):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vlcache_triton.formreader import load_form_reader
+from vlcache_triton.apps.formreader import load_form_reader
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from vlcache_triton.cli.app import run
-from vlcache_triton.evaluation import SUITES, form_item
-from vlcache_triton.formreader.model import WEIGHTS
+from vlcache_triton.apps.cli.app import run
+from vlcache_triton.apps.evaluation import SUITES, form_item
+from vlcache_triton.apps.formreader.model import WEIGHTS
 
 
 def test_forms_are_evaluated_and_a_second_run_goes_on(tmp_path, capsys):

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from vlcache_triton.evaluation import SUITES, encode_form, form_item, read_items
+from vlcache_triton.apps.evaluation import SUITES, encode_form, form_item, read_items
 
 SUITE = {suite.name: suite for suite in SUITES}
 

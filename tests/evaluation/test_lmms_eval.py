@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 
 from vlcache_triton import VLCacheConfig
-from vlcache_triton.formreader import chat, draw_dialogue, encode_chats, render
-from vlcache_triton.formreader.model import WEIGHTS
+from vlcache_triton.apps.formreader import chat, draw_dialogue, encode_chats, render
+from vlcache_triton.apps.formreader.model import WEIGHTS
 from vlcache_triton.integrations.transformers import vl_cache
-from vlcache_triton.policies import VL_CACHE, snapkv
+from vlcache_triton.recipe.policies import VL_CACHE, snapkv
 
 MODULE = "vlcache_triton.integrations.lmms_eval.model"
 TASK, SPLIT, MAX_NEW_TOKENS = "forms", "test", 9

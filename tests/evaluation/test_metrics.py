@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlcache_triton.evaluation.metrics import (
+from vlcache_triton.apps.evaluation.metrics import (
     anls,
     edit_distance,
     exact_match,

@@ -7,9 +7,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
-from vlcache_triton.evaluation import BUDGETS, plot
-from vlcache_triton.evaluation.plots import METRICS, draw_curves
-from vlcache_triton.evaluation.summary import Cell
+from vlcache_triton.apps.evaluation import BUDGETS, plot
+from vlcache_triton.apps.evaluation.plots import METRICS, draw_curves
+from vlcache_triton.apps.evaluation.summary import Cell
 
 VARIANTS = ["vl_cache", "random", "streaming_llm", "h2o", "snapkv", "pyramidkv", "adakv", "tuned"]
 VARIANTS += ["hindsight", "all rows, uniform"]

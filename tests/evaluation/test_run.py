@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vlcache_triton import VLCacheConfig
-from vlcache_triton.evaluation import (
+from vlcache_triton.apps.evaluation import (
     SUITES,
     Variant,
     compare_all,
@@ -16,8 +16,8 @@ from vlcache_triton.evaluation import (
     read_results,
     run,
 )
-from vlcache_triton.evaluation.decode import full_answer, prefill
-from vlcache_triton.evaluation.run import _batches, end_tokens
+from vlcache_triton.apps.evaluation.decode import full_answer, prefill
+from vlcache_triton.apps.evaluation.run import _batches, end_tokens
 from vlcache_triton.integrations.transformers import vl_cache
 
 SUITE = {suite.name: suite for suite in SUITES}

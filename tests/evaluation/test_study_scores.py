@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from vlcache_triton import VLCacheConfig
-from vlcache_triton.evaluation import Query, Variant
-from vlcache_triton.evaluation.decode import prefill
-from vlcache_triton.formreader import chat, draw_dialogue, encode_chats, render
+from vlcache_triton.apps.evaluation import Query, Variant
+from vlcache_triton.apps.evaluation.decode import prefill
+from vlcache_triton.apps.formreader import chat, draw_dialogue, encode_chats, render
 from vlcache_triton.integrations.transformers import vl_cache
 from vlcache_triton.integrations.transformers.names import CACHE
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from vlcache_triton.evaluation import report, summarise
-from vlcache_triton.evaluation.metrics import wilson_interval
-from vlcache_triton.evaluation.summary import names, pick
+from vlcache_triton.apps.evaluation import report, summarise
+from vlcache_triton.apps.evaluation.metrics import wilson_interval
+from vlcache_triton.apps.evaluation.summary import names, pick
 
 
 def row(variant, budget, exact, hit_rate=0.5):

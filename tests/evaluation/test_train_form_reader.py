@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from vlcache_triton.formreader import (
+from vlcache_triton.apps.formreader import (
     TASKS,
     chat,
     draw_dialogue,

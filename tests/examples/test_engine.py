@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlcache_triton.formreader import chat, draw_dialogue, encode_chats, load_form_reader, render
+from vlcache_triton.apps.formreader import (
+    chat,
+    draw_dialogue,
+    encode_chats,
+    load_form_reader,
+    render,
+)
 from vlcache_triton.integrations.transformers import vl_cache
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

@@ -4,9 +4,15 @@ from itertools import pairwise
 
 import pytest
 
-from vlcache_triton.formreader import draw_form
-from vlcache_triton.formreader.forms import HEADER_ROWS, SMALL_PRINT
-from vlcache_triton.formreader.pages import CONSONANTS, GRID_SIZE, MAX_FIELDS, VOWELS, WORD_LENGTH
+from vlcache_triton.apps.formreader import draw_form
+from vlcache_triton.apps.formreader.forms import HEADER_ROWS, SMALL_PRINT
+from vlcache_triton.apps.formreader.pages import (
+    CONSONANTS,
+    GRID_SIZE,
+    MAX_FIELDS,
+    VOWELS,
+    WORD_LENGTH,
+)
 
 
 def labels(page):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlcache_triton.formreader import (
+from vlcache_triton.apps.formreader import (
     MAX_ANSWER_TOKENS,
     chat,
     draw_dialogue,

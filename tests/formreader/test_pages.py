@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlcache_triton.formreader import Field, draw_pages
-from vlcache_triton.formreader.pages import GRID_SIZE, MAX_FIELDS, WORD_LENGTH
+from vlcache_triton.apps.formreader import Field, draw_pages
+from vlcache_triton.apps.formreader.pages import GRID_SIZE, MAX_FIELDS, WORD_LENGTH
 
 
 def read_back(page):

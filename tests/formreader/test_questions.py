@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from vlcache_triton.formreader import (
+from vlcache_triton.apps.formreader import (
     MAX_ANSWER_TOKENS,
     TASKS,
     Field,

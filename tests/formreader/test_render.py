@@ -5,9 +5,9 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageDraw
 
-from vlcache_triton.formreader import Page, draw_form, draw_pages, render, render_form
-from vlcache_triton.formreader.pages import GRID_SIZE, WORD_LENGTH
-from vlcache_triton.formreader.render import (
+from vlcache_triton.apps.formreader import Page, draw_form, draw_pages, render, render_form
+from vlcache_triton.apps.formreader.pages import GRID_SIZE, WORD_LENGTH
+from vlcache_triton.apps.formreader.render import (
     BOX_GREY,
     CELL_SIZE,
     FONT_SIZE,

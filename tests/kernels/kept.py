@@ -18,7 +18,7 @@ from support import (
 )
 from torch import Tensor
 
-from vlcache_triton import reference
+from vlcache_triton.kernels import reference
 from vlcache_triton.kernels.compact import compact_kv, compact_kv_
 
 HEAD_ROOM = 3  # rows behind every segment, and before the first

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vlcache_triton import reference
+from vlcache_triton.kernels import reference
 
 NO_PAGE = torch.iinfo(torch.int32).max  # fills unused block table entries: reading one crashes
 FRAME = 7.0  # what lies round a framed tensor

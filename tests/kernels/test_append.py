@@ -23,7 +23,7 @@ from support import (
     vast_zeros,
 )
 
-from vlcache_triton import reference
+from vlcache_triton.kernels import reference
 from vlcache_triton.kernels.append import append_kv
 from vlcache_triton.kernels.decode import varlen_decode
 

@@ -13,8 +13,7 @@ from kept import Case, assert_in_place, assert_out_of_place, kept_rows, pools, r
 from support import assert_identical
 from torch import Tensor
 
-from vlcache_triton import reference
-from vlcache_triton.kernels import compact
+from vlcache_triton.kernels import compact, reference
 from vlcache_triton.kernels.compact import compact_kv, compact_kv_
 
 pytestmark = pytest.mark.gpu

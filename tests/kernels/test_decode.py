@@ -25,8 +25,7 @@ from support import (
     visible_keys,
 )
 
-from vlcache_triton import reference
-from vlcache_triton.kernels import decode
+from vlcache_triton.kernels import decode, reference
 from vlcache_triton.kernels.decode import (
     DecodeLaunch,
     decode_launch,

@@ -21,8 +21,7 @@ from support import (
     run_decode,
 )
 
-from vlcache_triton import reference
-from vlcache_triton.kernels import append, decode_kernels
+from vlcache_triton.kernels import append, decode_kernels, reference
 from vlcache_triton.kernels.append import append_kv
 from vlcache_triton.kernels.decode import decode_workspace, varlen_decode
 

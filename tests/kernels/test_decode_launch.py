@@ -10,6 +10,7 @@ from support import Operators, Recorder, cumulative, random_varlen
 
 from vlcache_triton.kernels import append, decode
 from vlcache_triton.kernels.append import append_kv
+from vlcache_triton.kernels.checks import padded
 from vlcache_triton.kernels.decode import (
     MAX_SEQLEN_Q,
     DecodeLaunch,
@@ -17,7 +18,6 @@ from vlcache_triton.kernels.decode import (
     decode_workspace,
     varlen_decode,
 )
-from vlcache_triton.kernels.validate import padded
 
 H100 = 132  # multiprocessors
 LENGTHS = (0, 1, 63, 64, 65, 111, 2000, 2048, 32768, 131072, 10**6, 2**31 - 1)

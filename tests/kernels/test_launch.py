@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from vlcache_triton.kernels.checks import padded
 from vlcache_triton.kernels.score import MAX_SPLITS, RowPass, column_pass_launch, row_pass_launch
 from vlcache_triton.kernels.select import select_launch
-from vlcache_triton.kernels.validate import padded
 
 H100 = 132  # multiprocessors
 LENGTHS = (1, 63, 111, 2000, 2048, 32768, 131072, 10**6)

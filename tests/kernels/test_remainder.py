@@ -21,8 +21,7 @@ from support import (
 )
 from torch import Tensor
 
-from vlcache_triton import reference
-from vlcache_triton.kernels import remainder
+from vlcache_triton.kernels import reference, remainder
 from vlcache_triton.kernels.remainder import CHUNK, store_means, sum_evicted
 
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import Varlen, assert_accurate, assert_identical, cumulative, random_varlen
 
-from vlcache_triton import reference
-from vlcache_triton.kernels import score
+from vlcache_triton.kernels import reference, score
 from vlcache_triton.kernels.score import PostVisionStats, post_vision_stats
 
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import assert_identical, cumulative
 
-from vlcache_triton import reference
-from vlcache_triton.kernels import select
+from vlcache_triton.kernels import reference, select
 from vlcache_triton.kernels.select import Selection, select_tokens
 
 MANY = 2**30  # more than any length: clamped to it

@@ -10,10 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlcache_triton import reference
-from vlcache_triton.config import VLCacheConfig
-from vlcache_triton.pictures import ImageGrid, draw_report
-from vlcache_triton.pictures.draw import (
+from vlcache_triton.apps.pictures import ImageGrid, draw_report
+from vlcache_triton.apps.pictures.draw import (
     LUMINANCE,
     MAX_SIDE,
     OPACITY,
@@ -23,9 +21,11 @@ from vlcache_triton.pictures.draw import (
     blend,
     kept_share,
 )
-from vlcache_triton.plan import CompressionPlan, make_plan
-from vlcache_triton.policies import POLICIES
-from vlcache_triton.prompt import Prompt, read_prompt
+from vlcache_triton.kernels import reference
+from vlcache_triton.recipe.config import VLCacheConfig
+from vlcache_triton.recipe.plan import CompressionPlan, make_plan
+from vlcache_triton.recipe.policies import POLICIES
+from vlcache_triton.recipe.prompt import Prompt, read_prompt
 
 LENGTH, LAYERS, HEADS = 40, 3, 2
 

@@ -7,9 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vlcache_triton.formreader import chat, draw_dialogue, encode_chats, load_form_reader, render
-from vlcache_triton.pictures import UnknownGridError, image_grids
-from vlcache_triton.pictures.grids import GRID_THW_FAMILIES
+from vlcache_triton.apps.formreader import (
+    chat,
+    draw_dialogue,
+    encode_chats,
+    load_form_reader,
+    render,
+)
+from vlcache_triton.apps.pictures import UnknownGridError, image_grids
+from vlcache_triton.apps.pictures.grids import GRID_THW_FAMILIES
 
 IMAGE = 9
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from vlcache_triton import VLCacheConfig
-from vlcache_triton.backend import Backend, get_backend
-from vlcache_triton.compress import PromptCompressor
-from vlcache_triton.plan import CompressionPlan
-from vlcache_triton.prompt import Prompt
-from vlcache_triton.ragged import RaggedCache
+from vlcache_triton.ops import Backend, get_backend
+from vlcache_triton.pool.compress import PromptCompressor
+from vlcache_triton.pool.ragged import RaggedCache
+from vlcache_triton.recipe.plan import CompressionPlan
+from vlcache_triton.recipe.prompt import Prompt
 
 CPU = torch.device("cpu")
 REFERENCE: Backend = get_backend("reference", CPU)

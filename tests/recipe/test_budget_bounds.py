@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlcache_triton import VLCacheConfig, layer_budgets
-from vlcache_triton.budgets import budget_bounds
+from vlcache_triton.recipe.budgets import budget_bounds
 
 
 @st.composite

@@ -17,11 +17,11 @@ from prompts import (
 )
 
 from vlcache_triton import VLCacheConfig, layer_budgets
-from vlcache_triton.backend import get_backend
-from vlcache_triton.compress import PromptCompressor
-from vlcache_triton.ragged import RaggedCache
-from vlcache_triton.report import CompressionReport
-from vlcache_triton.streaming import StreamingCompressor
+from vlcache_triton.ops import get_backend
+from vlcache_triton.pool.compress import PromptCompressor
+from vlcache_triton.pool.ragged import RaggedCache
+from vlcache_triton.pool.streaming import StreamingCompressor
+from vlcache_triton.recipe.report import CompressionReport
 
 SHARPNESS = [0.3, 2.0, 8.0]
 either = pytest.mark.parametrize("make", [PromptCompressor, StreamingCompressor])

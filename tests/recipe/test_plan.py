@@ -8,8 +8,8 @@ import torch
 from prompts import CPU, REFERENCE, attention, make_layers, make_prompt, sparsity, top_positions
 
 from vlcache_triton import VLCacheConfig, layer_budgets
-from vlcache_triton.plan import make_plan, recent_tokens, whole_plan
-from vlcache_triton.prompt import Prompt
+from vlcache_triton.recipe.plan import make_plan, recent_tokens, whole_plan
+from vlcache_triton.recipe.prompt import Prompt
 
 SHARPNESS = [0.3, 2.0, 8.0]  # dense, middling and sparse layers
 

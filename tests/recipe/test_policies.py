@@ -10,8 +10,8 @@ from prompts import REFERENCE, attention, compress, make_layers, make_prompt, se
 from torch import Tensor
 
 from vlcache_triton import VLCacheConfig
-from vlcache_triton.compress import PromptCompressor
-from vlcache_triton.policies import (
+from vlcache_triton.pool.compress import PromptCompressor
+from vlcache_triton.recipe.policies import (
     POLICIES,
     VL_CACHE,
     Policy,
@@ -25,7 +25,7 @@ from vlcache_triton.policies import (
     snapkv,
     streaming_llm,
 )
-from vlcache_triton.prompt import count_query_rows, read_prompt
+from vlcache_triton.recipe.prompt import count_query_rows, read_prompt
 
 SHARPNESS = [0.3, 2.0, 8.0, 3.0]
 LENGTH, POST_VISION = 60, 12

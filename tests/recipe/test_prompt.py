@@ -5,7 +5,7 @@ import torch
 from prompts import CPU, make_prompt
 
 from vlcache_triton import VLCacheConfig
-from vlcache_triton.prompt import Prompt, last_position, left_pads, read_prompt
+from vlcache_triton.recipe.prompt import Prompt, last_position, left_pads, read_prompt
 
 CONFIG = VLCacheConfig()
 

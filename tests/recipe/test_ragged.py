@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from prompts import CPU, REFERENCE, make_prompt, segment
 from torch import Tensor
 
-from vlcache_triton import ragged as ragged_module
-from vlcache_triton.plan import CompressionPlan
-from vlcache_triton.ragged import RaggedCache
+from vlcache_triton.pool import ragged as ragged_module
+from vlcache_triton.pool.ragged import RaggedCache
+from vlcache_triton.recipe.plan import CompressionPlan
 
 D, D_V = 8, 12
 ATOL = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from prompts import REFERENCE, Layer, compress, make_layers, make_prompt, segment
 
 from vlcache_triton import VLCacheConfig
-from vlcache_triton.budgets import budget_bounds
-from vlcache_triton.compress import PromptCompressor
-from vlcache_triton.streaming import WORTH_PRUNING, StreamingCompressor
+from vlcache_triton.pool.compress import PromptCompressor
+from vlcache_triton.pool.streaming import WORTH_PRUNING, StreamingCompressor
+from vlcache_triton.recipe.budgets import budget_bounds
 
 
 class Watched(StreamingCompressor):

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from vlcache_triton.config import VLCacheConfig
 from vlcache_triton.integrations.sglang.fitting import (
     describe_fit,
     longest_prompt,
@@ -12,6 +11,7 @@ from vlcache_triton.integrations.sglang.fitting import (
 )
 from vlcache_triton.integrations.sglang.graphs import LiveWidths, graph_widths, width_of
 from vlcache_triton.integrations.sglang.prompts import PromptTable, slots_needed
+from vlcache_triton.recipe.config import VLCacheConfig
 
 CONFIG = VLCacheConfig(budget=0.1)
 

@@ -6,13 +6,13 @@ from threading import Barrier
 import pytest
 import torch
 
-from vlcache_triton.backend import get_backend
-from vlcache_triton.config import VLCacheConfig
 from vlcache_triton.integrations.sglang import ranks as ranks_module
 from vlcache_triton.integrations.sglang.measure import plan_prompts
 from vlcache_triton.integrations.sglang.prompts import PromptSums, TrackedPrompt
 from vlcache_triton.integrations.sglang.ranks import Ranks
-from vlcache_triton.reference import post_vision_stats
+from vlcache_triton.kernels.reference import post_vision_stats
+from vlcache_triton.ops import get_backend
+from vlcache_triton.recipe.config import VLCacheConfig
 
 LAYERS, HEADS, D = 3, 8, 16
 LENGTHS, ROWS = (40, 61), 9

@@ -2,8 +2,8 @@
 
 import pytest
 
-from vlcache_triton.config import VLCacheConfig
 from vlcache_triton.integrations.sglang.settings import Settings, read_settings
+from vlcache_triton.recipe.config import VLCacheConfig
 
 
 def test_without_variables_the_recipe_is_the_papers():

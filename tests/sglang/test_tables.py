@@ -7,8 +7,6 @@ import torch
 from fake_requests import FakeAllocator, FakePool, fake_item, fake_request
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vlcache_triton.backend import get_backend
-from vlcache_triton.config import VLCacheConfig
 from vlcache_triton.integrations.sglang.block_table import PackedLayout, fill_block_table
 from vlcache_triton.integrations.sglang.index_only import KeptPositions, sparse_table
 from vlcache_triton.integrations.sglang.measure import (
@@ -25,6 +23,8 @@ from vlcache_triton.integrations.sglang.prompts import (
     slots_needed,
 )
 from vlcache_triton.integrations.sglang.ranks import Ranks
+from vlcache_triton.ops import get_backend
+from vlcache_triton.recipe.config import VLCacheConfig
 
 CPU = torch.device("cpu")
 LAYERS, HEADS, KV_HEADS, D = 3, 4, 2, 16

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vlcache_triton import reference
 from vlcache_triton.integrations.transformers import Session
+from vlcache_triton.kernels import reference
 
 aten = torch.ops.aten
 SYNCS = (

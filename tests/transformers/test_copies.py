@@ -17,11 +17,11 @@ from families import LONG, SHORT
 from recorded_graph import RecordedGraph, recorded_graphs
 from torch.nn.functional import pad
 
-from vlcache_triton import ragged as ragged_module
 from vlcache_triton.integrations.transformers import VLCache, vl_cache
 from vlcache_triton.integrations.transformers import cache as cache_module
 from vlcache_triton.integrations.transformers.names import CACHE
-from vlcache_triton.policies import POLICIES
+from vlcache_triton.pool import ragged as ragged_module
+from vlcache_triton.recipe.policies import POLICIES
 
 QUESTIONS = [30, 31, 32, 33, 34], [41, 42], list(range(50, 75))
 CHOICES = {

@@ -22,11 +22,11 @@ from recorded_graph import RecordedGraph, recorded_graphs
 from torch.nn.functional import pad
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from vlcache_triton import ragged as ragged_module
 from vlcache_triton.integrations.transformers import VLCache, vl_cache
 from vlcache_triton.integrations.transformers import cache as cache_module
 from vlcache_triton.integrations.transformers.graph import MAX_LOANS, round_up
 from vlcache_triton.integrations.transformers.names import CACHE
+from vlcache_triton.pool import ragged as ragged_module
 
 SOME = ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3"]
 SAMPLE = dict(GREEDY, do_sample=True, temperature=1.3, top_k=50)

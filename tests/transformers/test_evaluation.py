@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import LONG, SUPPORTED
 
-from vlcache_triton.evaluation import Item, Query, compare_all, evaluate_item
+from vlcache_triton.apps.evaluation import Item, Query, compare_all, evaluate_item
 from vlcache_triton.integrations.transformers import vl_cache
 
 BUDGET = 0.4

@@ -10,7 +10,7 @@ from families import LONG, SHORT
 
 from vlcache_triton import VLCacheConfig
 from vlcache_triton.integrations.transformers import vl_cache
-from vlcache_triton.policies import POLICIES, adakv, snapkv
+from vlcache_triton.recipe.policies import POLICIES, adakv, snapkv
 
 CONFIG = VLCacheConfig(budget=0.4)
 

@@ -27,7 +27,7 @@ from vlcache_triton.integrations.transformers.attention import (
     vlcache_mask,
 )
 from vlcache_triton.integrations.transformers.prefill import prefill_attention
-from vlcache_triton.prompt import Prompt
+from vlcache_triton.recipe.prompt import Prompt
 
 PADS = {"one": (0,), "even": (0, 0), "padded": (0, 5, 11), "all padded": (3, 1)}
 every_padding = pytest.mark.parametrize("pads", PADS.values(), ids=PADS)

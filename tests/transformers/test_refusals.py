@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from vlcache_triton.integrations.transformers import VLCache, vl_cache
 from vlcache_triton.integrations.transformers.names import CACHE
-from vlcache_triton.policies import snapkv
+from vlcache_triton.recipe.policies import snapkv
 
 REFUSED = (NotImplementedError, ValueError)
 LEAN = dict(max_new_tokens=4, do_sample=False)

@@ -18,10 +18,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from vlcache_triton import ragged as ragged_module
 from vlcache_triton.integrations.transformers import cache as cache_module
 from vlcache_triton.integrations.transformers import vl_cache
 from vlcache_triton.integrations.transformers.generate import LAG
+from vlcache_triton.pool import ragged as ragged_module
 
 GREEDY = dict(max_new_tokens=8, do_sample=False)
 WARM = dict(max_new_tokens=8, do_sample=True, temperature=1.3, top_k=0)

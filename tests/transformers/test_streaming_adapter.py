@@ -15,8 +15,8 @@ from recorded_graph import RecordedGraph, recorded_graphs
 from vlcache_triton import VLCacheConfig
 from vlcache_triton.integrations.transformers import VLCache, vl_cache
 from vlcache_triton.integrations.transformers.cache import VLCacheLayer
-from vlcache_triton.policies import snapkv
-from vlcache_triton.streaming import StreamingCompressor
+from vlcache_triton.pool.streaming import StreamingCompressor
+from vlcache_triton.recipe.policies import snapkv
 
 CHOICES = {
     "usual": dict(budget=0.4),

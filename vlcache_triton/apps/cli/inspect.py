@@ -30,8 +30,8 @@ from .options import (
 if TYPE_CHECKING:
     from PIL import Image
 
-    from vlcache_triton.evaluation import Variant
-    from vlcache_triton.report import CompressionReport
+    from vlcache_triton.apps.evaluation import Variant
+    from vlcache_triton.recipe.report import CompressionReport
 
     from .vlm import VisionLanguageModel
 
@@ -65,7 +65,7 @@ def inspect(
         name, got = ("policy", "full") if policy is PolicyName.full else ("budget", 1)
         raise UserError(f"{name}: got {got}, which keeps all and measures nothing")
     with waiting("starting"):
-        from vlcache_triton.evaluation import Variant
+        from vlcache_triton.apps.evaluation import Variant
 
         from .vlm import VisionLanguageModel, open_images
 
@@ -109,9 +109,9 @@ def _draw(
     """Pictures of the prompt; where the image's grid cannot be told, of the budgets alone."""
     import torch
 
-    from vlcache_triton.evaluation.recording import Recording
+    from vlcache_triton.apps.evaluation.recording import Recording
+    from vlcache_triton.apps.pictures import UnknownGridError, draw_report, image_grids
     from vlcache_triton.integrations.transformers import vl_cache
-    from vlcache_triton.pictures import UnknownGridError, draw_report, image_grids
 
     try:
         grids = image_grids(vlm.model, vlm.processor, inputs)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from vlcache_triton.plan import CompressionPlan
+from vlcache_triton.recipe.plan import CompressionPlan
 
 from .grids import ImageGrid
 

@@ -18,11 +18,11 @@ from .console import UserError, one_line, print_json, progress
 from .options import DeviceOption, Dtype, DtypeOption, JsonOption, ModelOption
 
 if TYPE_CHECKING:
-    from vlcache_triton.evaluation import Item
+    from vlcache_triton.apps.evaluation import Item
 
     from .vlm import VisionLanguageModel
 
-# The names of vlcache_triton.evaluation.SUITES, which take torch to import.
+# The names of vlcache_triton.apps.evaluation.SUITES, which take torch to import.
 SUITE_NAMES = ("value", "field", "count", "next", "list", "value, 2 images", "value, 3 turns")
 QUICK_PAGES = 6
 QUICK_SUITES = ["value", "next", "value, 3 turns"]
@@ -88,8 +88,8 @@ def evaluate(
 
     import torch
 
-    from vlcache_triton.evaluation import BUDGETS, plot, report, run, summarise
-    from vlcache_triton.evaluation.summary import names
+    from vlcache_triton.apps.evaluation import BUDGETS, plot, report, run, summarise
+    from vlcache_triton.apps.evaluation.summary import names
 
     from .vlm import VisionLanguageModel
 
@@ -131,7 +131,7 @@ def _form_jobs(
     vlm: VisionLanguageModel, suites: Sequence[str], pages: int, budgets: list[float]
 ) -> Iterator[Job]:
     """Suites in turn, page by page, so that a run that is cut off has of each."""
-    from vlcache_triton.evaluation import SUITES, Suite, encode_form, evaluate_item, form_item
+    from vlcache_triton.apps.evaluation import SUITES, Suite, encode_form, evaluate_item, form_item
 
     def job(suite: Suite, index: int) -> dict[str, Any]:
         item = form_item(suite, index)
@@ -145,7 +145,7 @@ def _form_jobs(
 
 
 def _own_items(data: Path, max_new_tokens: int) -> list[Item]:
-    from vlcache_triton.evaluation import read_items
+    from vlcache_triton.apps.evaluation import read_items
 
     try:
         return read_items(data, max_new_tokens)
@@ -161,8 +161,8 @@ def _own_jobs(
 ) -> Iterator[Job]:
     import torch
 
-    from vlcache_triton.evaluation import Query, evaluate_item
-    from vlcache_triton.images import read_image
+    from vlcache_triton.apps.evaluation import Query, evaluate_item
+    from vlcache_triton.apps.images import read_image
 
     def job(item: Item) -> dict[str, Any]:
         inputs = vlm.encode([read_image(image) for image in item.images], item.turns[0])

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import Backend, get_backend
-from .plan import CompressionPlan
+from ..ops import Backend, get_backend
+from ..recipe.plan import CompressionPlan
 
 MAX_DECODE_ROWS = 16  # query rows that varlen_decode takes at once
 ROWS_AT_ONCE = 256  # of a long turn; bounds its attention mask

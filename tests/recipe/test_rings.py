@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlcache_triton.integrations.transformers.windows import SPARE, WindowRings
+from vlcache_triton.pool.rings import SPARE, WindowRings
 
 HEADS, KV_HEADS, D, D_V, LAYERS = 6, 2, 8, 4, 2
 PADS = (0, 3)

@@ -13,11 +13,11 @@ from vlcache_triton import VLCacheConfig
 from .console import UserError
 
 if TYPE_CHECKING:
-    from vlcache_triton.policies import Policy
+    from vlcache_triton.recipe.policies import Policy
 
 
 class PolicyName(str, Enum):
-    """The names of vlcache_triton.policies.POLICIES, which take torch to import."""
+    """The names of vlcache_triton.recipe.policies.POLICIES, which take torch to import."""
 
     vl_cache = "vl_cache"
     random = "random"
@@ -30,7 +30,7 @@ class PolicyName(str, Enum):
 
     def load(self) -> Policy:
         """The policy itself."""
-        from vlcache_triton.policies import POLICIES
+        from vlcache_triton.recipe.policies import POLICIES
 
         return next(policy for policy in POLICIES if policy.name == self.value)
 

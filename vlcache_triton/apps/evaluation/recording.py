@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vlcache_triton.backend import get_backend
-from vlcache_triton.compress import PromptCompressor, move_layer
-from vlcache_triton.config import VLCacheConfig
 from vlcache_triton.integrations.transformers.cache import VLCache, VLCacheLayer
-from vlcache_triton.plan import CompressionPlan, make_plan
-from vlcache_triton.prompt import Prompt, count_query_rows
-from vlcache_triton.ragged import RaggedCache
-from vlcache_triton.reference import PostVisionStats
+from vlcache_triton.kernels.reference import PostVisionStats
+from vlcache_triton.ops import get_backend
+from vlcache_triton.pool.compress import PromptCompressor, move_layer
+from vlcache_triton.pool.ragged import RaggedCache
+from vlcache_triton.recipe.config import VLCacheConfig
+from vlcache_triton.recipe.plan import CompressionPlan, make_plan
+from vlcache_triton.recipe.prompt import Prompt, count_query_rows
 
 from .variants import Variant
 

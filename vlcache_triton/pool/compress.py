@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .backend import Backend
-from .config import VLCacheConfig
-from .plan import CompressionPlan, make_plan, whole_plan
-from .policies import VL_CACHE, Policy
-from .prompt import Prompt
+from ..kernels.reference import PostVisionStats
+from ..ops import Backend
+from ..recipe.config import VLCacheConfig
+from ..recipe.plan import CompressionPlan, make_plan, whole_plan
+from ..recipe.policies import VL_CACHE, Policy
+from ..recipe.prompt import Prompt
 from .ragged import RaggedCache
-from .reference import PostVisionStats
 
 
 class PromptCompressor:

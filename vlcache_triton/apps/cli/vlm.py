@@ -16,12 +16,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import is_torchvision_available, logging
 
 from vlcache_triton import VLCacheConfig
-from vlcache_triton.formreader import chat, load_form_reader
-from vlcache_triton.images import read_image
+from vlcache_triton.apps.formreader import chat, load_form_reader
+from vlcache_triton.apps.images import read_image
 from vlcache_triton.integrations.transformers import vl_cache
 from vlcache_triton.integrations.transformers.names import CACHE
-from vlcache_triton.policies import VL_CACHE, Policy
-from vlcache_triton.report import CompressionReport
+from vlcache_triton.recipe.policies import VL_CACHE, Policy
+from vlcache_triton.recipe.report import CompressionReport
 
 from .console import UserError, one_line
 from .hub import check_exists

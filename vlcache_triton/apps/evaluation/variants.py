@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from vlcache_triton.config import VLCacheConfig
-from vlcache_triton.policies import POLICIES, VL_CACHE, Policy, hindsight
+from vlcache_triton.recipe.config import VLCacheConfig
+from vlcache_triton.recipe.policies import POLICIES, VL_CACHE, Policy, hindsight
 
 BUDGETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 

@@ -90,7 +90,7 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _backend(device: torch.device) -> str:
     """What serves tensors there, or why nothing does, which is what a report is then about."""
-    from vlcache_triton.backend import get_backend
+    from vlcache_triton.ops import get_backend
 
     try:
         return get_backend("auto", device).name

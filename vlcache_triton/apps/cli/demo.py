@@ -30,7 +30,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from vlcache_triton.formreader import Task
+    from vlcache_triton.apps.formreader import Task
 
     from .vlm import Answer
 
@@ -81,7 +81,7 @@ def demo(
         preset = DEFAULT_PRESET if policy is PolicyName.vl_cache else Preset.paper
     config = checked_config(budget, preset, policy, streaming)
     with waiting("starting"):
-        from vlcache_triton.formreader import MAX_ANSWER_TOKENS, draw_form, render_form
+        from vlcache_triton.apps.formreader import MAX_ANSWER_TOKENS, draw_form, render_form
 
         from .vlm import VisionLanguageModel
 

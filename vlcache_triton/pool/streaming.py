@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .budgets import budget_bounds
-from .compress import PromptCompressor
-from .plan import (
+from ..recipe.budgets import budget_bounds
+from ..recipe.plan import (
     CompressionPlan,
     evicted_tokens,
     kept_tokens,
@@ -20,6 +19,7 @@ from .plan import (
     recent_tokens,
     select_kept,
 )
+from .compress import PromptCompressor
 from .ragged import RaggedCache
 
 WORTH_PRUNING = 0.75  # a layer is pruned again once its bound is below this share of what it holds

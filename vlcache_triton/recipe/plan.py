@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .backend import Backend
+from ..kernels.reference import PostVisionStats
+from ..ops import Backend
 from .budgets import layer_budgets
 from .config import VLCacheConfig
 from .policies import VL_CACHE, Policy
 from .prompt import Prompt, to_device
-from .reference import PostVisionStats
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import torch
 import triton  # noqa: F401 (it loads with the environment as it is before tests change it)
 from prompts import CPU
 
-from vlcache_triton import reference
-from vlcache_triton.backend import Backend, get_backend
+from vlcache_triton.kernels import reference
+from vlcache_triton.ops import Backend, get_backend
 
 OPERATIONS = Backend._fields[1:]
 

@@ -36,10 +36,10 @@ def get_backend(name: BackendName, device: torch.device) -> Backend:
     if name not in get_args(BackendName):
         raise ValueError(f"backend: got {name!r}, expected one of {get_args(BackendName)}")
     if name == "reference" or (name == "auto" and device.type != "cuda"):
-        from . import reference
+        from .kernels import reference
 
         return Backend("reference", *(getattr(reference, field) for field in Backend._fields[1:]))
-    from .kernels.validate import interpreted
+    from .kernels.checks import interpreted
 
     if device.type != "cuda" and not interpreted():
         raise ValueError(

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from vlcache_triton.config import VLCacheConfig
 from vlcache_triton.integrations.transformers import vl_cache
+from vlcache_triton.recipe.config import VLCacheConfig
 
 from .decode import Query, Reply, compressed_answers, full_answer, prefill
 from .items import Item

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlcache_triton.integrations.transformers import VLCache
-from vlcache_triton.plan import CompressionPlan
+from vlcache_triton.recipe.plan import CompressionPlan
 
 from .recording import Recording
 from .variants import Variant

@@ -1,0 +1,1 @@
+"""What is built on the library: commands, evaluation, pictures, and the embedded model."""

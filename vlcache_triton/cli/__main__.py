@@ -1,7 +1,0 @@
-"""`python -m vlcache_triton.cli`, where the script `vlcache` is not on the path."""
-
-import sys
-
-from . import main
-
-sys.exit(main())

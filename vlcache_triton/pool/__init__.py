@@ -1,0 +1,1 @@
+"""Where kept tokens lie: ragged caches, rings of windows, and the way of a prompt into them."""

@@ -1,0 +1,1 @@
+"""The recipe: how many tokens each layer keeps of a prompt, and which (VL-Cache)."""
