@@ -28,6 +28,11 @@ CHUNK = 256  # rows that one program adds up, so that one long prompt fills the 
 SUMS_BYTES = 8192  # of the sums that a program has for K, and as many for V
 
 
+def num_chunks(max_seqlen_k: int) -> int:
+    """Partial sums of a segment: one at least."""
+    return max(triton.cdiv(max_seqlen_k, CHUNK), 1)
+
+
 def sum_evicted(
     k: Tensor,
     v: Tensor,
@@ -67,16 +72,16 @@ def sum_evicted(
         expect_int32("seqused_k", seqused_k, (num_seqs,))
     else:
         expect_int32("cu_seqlens_k", cu_seqlens_k, (num_seqs + 1,))
-    num_chunks = max(triton.cdiv(max_seqlen_k, CHUNK), 1)
+    chunks = num_chunks(max_seqlen_k)
     sum_k, sum_v = (
-        torch.empty(num_segments, num_chunks, x.shape[-1], dtype=torch.float32, device=k.device)
+        torch.empty(num_segments, chunks, x.shape[-1], dtype=torch.float32, device=k.device)
         for x in (k, v)
     )
     if num_segments == 0:
         return sum_k, sum_v
     d = padded(max(k.shape[-1], v.shape[-1]))
     with torch.cuda.device_of(k):  # the model may lie on several devices
-        _sum_evicted_kernel[(num_segments, num_chunks)](
+        _sum_evicted_kernel[(num_segments, chunks)](
             **source_arguments(k, v, cu_seqlens_k, indices, cu_kept, block_table),
             seqused_k_ptr=seqused_k,
             sum_k_ptr=sum_k,

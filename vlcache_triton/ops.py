@@ -1,11 +1,42 @@
-"""The one seam between the recipe and its arithmetic: Triton kernels or the fp32 reference."""
+"""The kernels by name, and the one seam between the recipe and its arithmetic: those or torch.
+
+Under torch.compile each is an operator of torch.library: one node, without a graph break.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Literal, NamedTuple, get_args
 
 import torch
+
+from .kernels import operators, reference
+from .kernels.checks import interpreted
+from .kernels.operators import (
+    append_kv,
+    compact_kv,
+    compact_kv_,
+    post_vision_stats,
+    select_tokens,
+    store_means,
+    sum_evicted,
+    varlen_decode,
+)
+
+__all__ = [
+    "Backend",
+    "BackendName",
+    "append_kv",
+    "compact_kv",
+    "compact_kv_",
+    "get_backend",
+    "post_vision_stats",
+    "select_tokens",
+    "store_means",
+    "sum_evicted",
+    "varlen_decode",
+]
 
 BackendName = Literal["auto", "triton", "reference"]
 
@@ -36,29 +67,14 @@ def get_backend(name: BackendName, device: torch.device) -> Backend:
     if name not in get_args(BackendName):
         raise ValueError(f"backend: got {name!r}, expected one of {get_args(BackendName)}")
     if name == "reference" or (name == "auto" and device.type != "cuda"):
-        from .kernels import reference
-
-        return Backend("reference", *(getattr(reference, field) for field in Backend._fields[1:]))
-    from .kernels.checks import interpreted
-
+        return _backend("reference", reference)
     if device.type != "cuda" and not interpreted():
         raise ValueError(
             f"backend: got 'triton' for a model on {device}, expected a CUDA device"
             " (or TRITON_INTERPRET=1, set before Triton is imported)"
         )
-    from .kernels.compact import compact_kv
-    from .kernels.decode import append_kv, varlen_decode
-    from .kernels.remainder import store_means, sum_evicted
-    from .kernels.score import post_vision_stats
-    from .kernels.select import select_tokens
+    return _backend("triton", operators)
 
-    return Backend(
-        "triton",
-        post_vision_stats,
-        select_tokens,
-        compact_kv,
-        sum_evicted,
-        store_means,
-        varlen_decode,
-        append_kv,
-    )
+
+def _backend(name: str, module: ModuleType) -> Backend:
+    return Backend(name, *(getattr(module, field) for field in Backend._fields[1:]))
