@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from building import ROOT, build, files_in, run
 
-ABSENT = ("sglang", "lmms_eval")  # what adapters may miss: no dependency of the tests
+ABSENT = ("sglang", "lmms_eval", "kernels")  # what adapters may miss: no dependency of the tests
 IMPORT_ALL = f"""
 import importlib, sys, vlcache_triton
 for name in sys.argv[1:]:
