@@ -61,6 +61,24 @@ def decode_tables(rows: Rows) -> str:
     )
 
 
+def cache_table(rows: Rows) -> str:
+    """Decoding where capacity, pages and lengths are as adapters bring them."""
+    for row in rows:
+        row["floor"] = row["nbytes"] / row["copy_rate"] / 1e3
+    return table(
+        rows,
+        {
+            "cache": "{cache}",
+            "sequences": "{num_seqs}",
+            "longest, live": "{length}",
+            "capacity": "{capacity}",
+            "by": "{peer}",
+            "µs": "{microseconds:.1f}",
+            "its bytes at the copy rate, µs": "{floor:.1f}",
+        },
+    )
+
+
 def kernel_table(rows: Rows) -> str:
     """Statistics, selection, compaction."""
     for row in rows:
@@ -176,9 +194,12 @@ def write(folder: Path) -> None:
     rate = first.get("copy_rate", 0)
     parts = [f"# Measured on one GPU\n\n{facts} · copy rate: {rate:.0f} GB/s\n"]
     sections = {
+        "caches": ("Decode attention on the caches of adapters", cache_table),
+        "combination": ("The combination of splits alone", cache_table),
         "decode": ("Decode attention", decode_tables),
         "score": ("Statistics of one layer, 50 query rows", kernel_table),
         "select": ("Selection, 32 layers", kernel_table),
+        "select_even": ("Selection of one number from each of 256 segments", kernel_table),
         "compact": ("Compaction, 32 layers", kernel_table),
         "end_to_end": ("LLaVA-1.6-Mistral-7B, 100 new tokens", end_to_end_table),
         "concurrency": ("8K-token prompts decoded together", concurrency_table),

@@ -6,9 +6,10 @@
 cd "$(dirname "$0")/.." || exit 1
 . benchmarks/gpu_parts.sh
 
-part 150 tests "$PYTHON" -m pytest -q -m gpu tests -p no:cacheprovider
-part 150 decode "$PYTHON" -m pytest -q benchmarks/test_decode.py --benchmark-json "$OUT/gpu_decode.json"
-part 70 kernels "$PYTHON" -m pytest -q benchmarks/test_{score,select,compact}.py \
+part 60 caches "$PYTHON" -m pytest -q benchmarks/test_caches.py --benchmark-json "$OUT/gpu_caches.json"
+part 130 tests "$PYTHON" -m pytest -q -m gpu tests -p no:cacheprovider
+part 110 decode "$PYTHON" -m pytest -q benchmarks/test_decode.py --benchmark-json "$OUT/gpu_decode.json"
+part 65 kernels "$PYTHON" -m pytest -q benchmarks/test_{score,select,compact}.py \
     --benchmark-json "$OUT/gpu_kernels.json"
 if command -v compute-sanitizer >/dev/null; then
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1

@@ -85,3 +85,40 @@ def test_select(measure, num_seqs, length, peer):
         num_layers=NUM_LAYERS,
         peer=peer.__name__,
     )
+
+
+def even(x: Inputs) -> Inputs:
+    """The same scores; every head of every layer keeps a tenth, by its score alone."""
+    scores, starts, keep, _, length, _ = x
+    keep = torch.full_like(keep, max(length // 10, 1))
+    total = int(keep.sum()) * NUM_KV_HEADS
+    return scores, starts, keep, torch.zeros_like(keep), length, total
+
+
+def topk(x: Inputs) -> Callable[[], Tensor]:
+    """torch.topk of all segments at once, which puts out scores and unordered positions."""
+    scores, _, keep, _, length, _ = x
+    count = int(keep[0, 0])
+    return lambda: scores.view(-1, length).topk(count, sorted=False).indices
+
+
+@pytest.mark.parametrize("peer", [ours, topk])
+@pytest.mark.parametrize("length", sorted({length for n, length in SHAPES if n == SHAPES[0][0]}))
+def test_select_even(measure, length, peer):
+    """32 layers of 8 heads are 256 segments; one launch by either."""
+    inputs = [even(x) for x in case(1, length)[0]]
+    launches = [peer(x) for x in inputs]
+    *args, _, total = inputs[0]
+    expected = reference.select_tokens(*args, max_seqlen=length, total_kept=total).indices
+    if peer is ours:
+        assert torch.equal(launches[0]().indices, expected)
+    else:
+        actual = launches[0]().sort(-1).values.flatten()
+        assert (actual == expected).float().mean() > 0.99
+    measure(
+        launches,
+        nbytes=inputs[0][0].nbytes + expected.nbytes,
+        length=length,
+        num_layers=NUM_LAYERS,
+        peer=peer.__name__,
+    )

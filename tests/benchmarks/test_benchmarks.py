@@ -241,3 +241,42 @@ def test_the_host_s_part_of_a_token():
     assert passes == {"transformers": 1, "stock": 2, "lean": 2}
     assert [x["processors"] for x in rows] == ["greedy", "sampled"]
     assert all(isinstance(x[name], float) for x in rows for name in passes)
+
+
+HOST_TIME = """
+import host_time, json
+host_time.CALLS, host_time.REPEATS = 3, 3
+print(json.dumps(host_time.measure()))
+"""
+
+
+def test_the_host_s_part_of_a_call(monkeypatch):
+    """Compiled functions, as on a GPU, up to the driver; no kernel is compiled or run."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    done = run(sys.executable, "-c", HOST_TIME)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout)
+    launches = {name: x["launches"] for name, x in found.items()}
+    assert launches == {
+        "varlen_decode": 1,
+        "append_kv": 1,
+        "post_vision_stats": 3,
+        "select_tokens": 1,
+        "compact_kv": 1,
+    }
+    assert all(x["call_us"] > 0 < x["bare_us"] for x in found.values())
+
+
+def test_recorded_lengths_are_of_a_compression_to_a_tenth():
+    """And are stretched to longer prompts as they are."""
+    facts = json.loads((BENCHMARKS / "results" / "kept_lengths.json").read_text())
+    code = "import json, test_caches as t; print(json.dumps(t.recorded(32768)))"
+    kept = json.loads(run(sys.executable, "-c", code).stdout)
+    longest = max(facts["lengths"])
+    for row, stretched in zip(facts["kept"], kept, strict=True):
+        for n, total, m in zip(row, facts["lengths"], stretched, strict=True):
+            assert 0 < n < total
+            assert abs(m - n * 32768 / longest) <= 0.5
+    for i, total in enumerate(facts["lengths"]):  # rows of a layer's head, on average
+        mean = sum(row[i] for row in facts["kept"]) / len(facts["kept"])
+        assert abs(mean - facts["budget"] * total) <= 1

@@ -1,0 +1,217 @@
+"""What a call of each kernel costs the host, beside the bare launch of what it launches.
+
+    python benchmarks/host_time.py [benchmarks/results]             # writes host_time.json there
+    python benchmarks/host_time.py --against COMMIT [FOLDER]        # that commit too, in turn
+
+No GPU is used: Triton's launcher runs as far as the driver, with a stub for what it would launch.
+The bare launch is that alone, with the arguments of the call; the rest are checks, the choice of a
+launch, and memory. Tensors lie in the CPU's memory, so allocations cost what they cost there. The
+clock is the process's own, which stands still while others have the core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+ROOT = Path(__file__).resolve().parent.parent
+NUM_SEQS, HEADS, GROUP, D, LENGTH = 1, 8, 4, 128, 1024  # a layer's step, one request of a 7B model
+CALLS, REPEATS = 300, 9
+
+
+class Stub:
+    """A compiled kernel that does not launch."""
+
+    function, packed_metadata = None, ()
+
+    def launch_metadata(self, *args: Any) -> None:
+        """Nothing for a profiler."""
+
+    def run(self, *args: Any) -> None:
+        """Where the driver would be called."""
+
+
+class Driver:
+    """A GPU that is not there, as far as Triton's launcher asks."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def nothing_compiled(self: JITFunction, key: Any, *args: Any) -> Stub:
+    """In place of a compilation."""
+    kernel = self.device_caches[0][0][key] = Stub()
+    return kernel
+
+
+def make_calls() -> dict[str, Callable[[], object]]:
+    """One call of each kernel; lengths on the device, memory made by the call as adapters do."""
+    from vlcache_triton.kernels import append, compact, decode, score, select
+
+    def ints(*values: int) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
+    def floats(*shape: int) -> Tensor:
+        return torch.randn(*shape).to(torch.bfloat16)
+
+    segments = NUM_SEQS * HEADS
+    pool_k, pool_v = (floats(segments * LENGTH, 1, D) for _ in range(2))
+    starts = torch.arange(segments + 1, dtype=torch.int32) * LENGTH
+    one_row, used = torch.arange(segments + 1, dtype=torch.int32), ints(*[LENGTH // 2] * segments)
+    q, new = floats(segments, GROUP, D), floats(segments, 1, 1, D)
+    k, v = (floats(NUM_SEQS * LENGTH, HEADS, D) for _ in range(2))
+    rows, starts_q, starts_k = floats(50, HEADS * GROUP, D), ints(0, 50), ints(0, LENGTH)
+    scores = torch.rand(32, HEADS, LENGTH)
+    keep = torch.full((32, 1), LENGTH // 10, dtype=torch.int32)
+    kept = ints(*range(segments * (LENGTH // 10))), torch.arange(segments + 1).int()
+    return {
+        "varlen_decode": lambda: decode.varlen_decode(
+            *(q, pool_k, pool_v, one_row, starts, 1, LENGTH), causal=True, seqused_k=used
+        ),
+        "append_kv": lambda: append.append_kv(new, new, pool_k, pool_v, starts, used),
+        "post_vision_stats": lambda: score.post_vision_stats(
+            rows, k, starts_q, starts_k, 50, LENGTH
+        ),
+        "select_tokens": lambda: select.select_tokens(
+            *(scores, starts_k, keep, keep), max_seqlen=LENGTH, total_kept=scores.numel()
+        ),
+        "compact_kv": lambda: compact.compact_kv(
+            *(k, v, starts_k, *kept, pool_k, pool_v, starts), max_kept=LENGTH // 10
+        ),
+    }
+
+
+def microseconds(call: Callable[[], object]) -> float:
+    """The median of some repeats, each the mean of many calls."""
+    times = []
+    for _ in range(REPEATS):
+        start = time.process_time()
+        for _ in range(CALLS):
+            call()
+        times.append((time.process_time() - start) / CALLS * 1e6)
+    return statistics.median(times)
+
+
+def recorded(call: Callable[[], object]) -> list[tuple[JITFunction, tuple, dict]]:
+    """What a call launches."""
+    launches: list[tuple[JITFunction, tuple, dict]] = []
+    run = JITFunction.run
+
+    def noted(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
+        launches.append((self, args, kwargs))
+        return run(self, *args, **kwargs)
+
+    with mock.patch.object(JITFunction, "run", noted):
+        call()
+    return launches
+
+
+def measure() -> dict[str, dict[str, float]]:
+    """Microseconds of every call, and of its launches alone."""
+    from vlcache_triton.kernels import checks
+
+    torch.set_num_threads(1)
+    driver.set_active(Driver())
+    found = {}
+    with (
+        mock.patch.object(JITFunction, "_do_compile", nothing_compiled),
+        mock.patch.object(checks, "interpreted", lambda: True),  # lets tensors off the GPU pass
+    ):
+        for name, call in make_calls().items():
+            launches = recorded(call)
+
+            def bare(launches: list = launches) -> None:
+                for kernel, args, kwargs in launches:
+                    kernel.run(*args, **kwargs)
+
+            whole, alone = microseconds(call), microseconds(bare)
+            found[name] = {"launches": len(launches), "call_us": whole, "bare_us": alone}
+    return found
+
+
+def measured_in(tree: Path) -> dict[str, dict[str, float]]:
+    """The same in a process of its own, of the kernels of that tree."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(tree)
+    command = [sys.executable, __file__, "--child"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout)
+
+
+def in_turn(trees: dict[str, Path], rounds: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Each tree in every round, so that what else the machine does hits all alike; the medians."""
+    runs = [{name: measured_in(tree) for name, tree in trees.items()} for _ in range(rounds)]
+    return {
+        name: {
+            call: {fact: statistics.median(run[name][call][fact] for run in runs) for fact in facts}
+            for call, facts in runs[0][name].items()
+        }
+        for name in trees
+    }
+
+
+def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Markdown."""
+    lines = ["| call | of | launches | bare, µs | call, µs | over it, µs | ratio |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for call in next(iter(results.values())):
+        for name, calls in results.items():
+            x = calls[call]
+            over, ratio = x["call_us"] - x["bare_us"], x["call_us"] / x["bare_us"]
+            numbers = f"{x['bare_us']:.1f} | {x['call_us']:.1f} | {over:.1f} | {ratio:.2f}"
+            lines.append(f"| {call} | {name} | {x['launches']:.0f} | {numbers} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?", help="where host_time.json goes")
+    parser.add_argument("--against", metavar="COMMIT", help="measure this commit's kernels too")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(measure()))
+        return
+    trees = {"this": ROOT}
+    with tempfile.TemporaryDirectory() as folder:
+        if options.against:
+            archive = ["git", "archive", "--format=tar", options.against]
+            tar = subprocess.run(archive, cwd=ROOT, capture_output=True, check=True).stdout
+            subprocess.run(["tar", "-x", "-C", folder], input=tar, check=True)
+            trees = {options.against: Path(folder), **trees}
+        results = in_turn(trees, options.rounds)
+    print(table(results))
+    if options.folder:
+        from measure import environment
+
+        facts = {**environment(), "rounds": options.rounds, "microseconds": results}
+        (options.folder / "host_time.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
