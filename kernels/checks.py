@@ -7,13 +7,30 @@ import triton
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-HEAD_SIZES = (64, 80, 96, 128, 256)
+MAX_HEAD_SIZE = 256  # of what is multiplied: a tile of rows lies in shared memory whole
 
 
 def expect(ok: bool, name: str, got: object, expected: str) -> None:
     """Raise ValueError unless ok."""
     if not ok:
         raise ValueError(f"{name}: got {got}, expected {expected}")
+
+
+def expect_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    expect(tuple(x.shape) == shape, name, f"shape {tuple(x.shape)}", f"{shape}")
+
+
+def expect_dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:
+    expect(x.dtype == dtype, name, f"dtype {x.dtype}", f"{dtype}")
+
+
+def expect_array(
+    name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.int32
+) -> None:
+    """A contiguous tensor of that shape and dtype."""
+    expect_dtype(name, x, dtype)
+    expect_shape(name, x, shape)
+    expect(x.is_contiguous(), name, f"strides {x.stride()}", "a contiguous tensor")
 
 
 def expect_float(name: str, x: Tensor) -> None:
@@ -23,11 +40,49 @@ def expect_float(name: str, x: Tensor) -> None:
     expect(x.stride(-1) == 1, name, f"stride {x.stride(-1)} in the last dimension", "1")
 
 
-def expect_int32(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
-    """A contiguous int32 tensor of that shape."""
-    expect(x.dtype == torch.int32, name, f"dtype {x.dtype}", "torch.int32")
-    expect(tuple(x.shape) == shape, name, f"shape {tuple(x.shape)}", f"{shape}")
-    expect(x.is_contiguous(), name, f"strides {x.stride()}", "a contiguous tensor")
+def expect_rows(block_table: Tensor | None, **caches: Tensor) -> None:
+    """Packed rows, or pages where there is a block table; all of one shape but for head sizes."""
+    paged = block_table is not None
+    layout = "[num_blocks, page_size, num_kv_heads, d]" if paged else "[total_k, num_kv_heads, d]"
+    first, like = next(iter(caches.items()))
+    for name, x in caches.items():
+        got = f"shape {tuple(x.shape)}"
+        expect(x.dim() == (4 if paged else 3), name, got, layout)
+        expect_float(name, x)
+        same = x.shape[:-1] == like.shape[:-1]
+        expect(same, name, got, f"({tuple(like.shape[:-1])}, head size), as {first}")
+
+
+def expect_queries(q: Tensor, block_table: Tensor | None, **caches: Tensor) -> None:
+    """Query rows and caches to multiply them with: of one dtype, with heads in whole groups."""
+    expect(q.dim() == 3, "q", f"shape {tuple(q.shape)}", "[total_q, num_heads, d]")
+    expect_float("q", q)
+    num_heads, d = q.shape[1:]
+    expect_rows(block_table, **caches)
+    for name, x in caches.items():
+        expect_dtype(name, x, q.dtype)
+        num_kv_heads = x.shape[-2]
+        multiple = num_kv_heads > 0 and num_heads % num_kv_heads == 0
+        expect(multiple, name, f"{num_kv_heads} heads", f"a divisor of q's {num_heads} heads")
+    for name, x in {**caches, "q": q}.items():
+        if x.shape[-1] > MAX_HEAD_SIZE:
+            got = f"got head size {x.shape[-1]}, expected at most {MAX_HEAD_SIZE}"
+            raise NotImplementedError(f"{name}: {got}")
+    d_k = caches["k"].shape[-1]
+    expect(d_k == d, "k", f"head size {d_k}", f"{d}, as q")
+
+
+def expect_per_sequence(num_seqs: int, **tensors: Tensor | None) -> None:
+    """What is given of: starts (cu_...) and block tables of the sequences, or int32 of each."""
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if name.startswith("cu_"):
+            expect_array(name, x, (num_seqs + 1,))
+        elif name.endswith("block_table"):
+            expect_array(name, x, (num_seqs, x.shape[-1]))
+        else:
+            expect_array(name, x, (num_seqs,))
 
 
 def expect_same_device(**tensors: Tensor | None) -> None:
@@ -46,21 +101,3 @@ def expect_same_device(**tensors: Tensor | None) -> None:
 def interpreted() -> bool:
     """Whether Triton runs kernels on the CPU; it knows which values of TRITON_INTERPRET say so."""
     return triton.knobs.runtime.interpret
-
-
-def num_multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of the device; 4 stands in for the interpreter."""
-    if device.type != "cuda":
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def expect_paged_or_packed(name: str, x: Tensor, paged: bool) -> None:
-    """Pages where there is a block table, else packed rows."""
-    layout = "[num_blocks, page_size, num_kv_heads, d]" if paged else "[total_k, num_kv_heads, d]"
-    expect(x.dim() == (4 if paged else 3), name, f"shape {tuple(x.shape)}", layout)
-
-
-def padded(head_size: int) -> int:
-    """The head size as tiles have it: a power of two that a matrix product takes."""
-    return max(16, triton.next_power_of_2(head_size))

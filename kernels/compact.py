@@ -8,12 +8,14 @@ from torch import Tensor
 
 from .checks import (
     expect,
-    expect_float,
-    expect_int32,
-    expect_paged_or_packed,
+    expect_array,
+    expect_dtype,
+    expect_per_sequence,
+    expect_rows,
     expect_same_device,
 )
 from .compact_kernels import _compact_in_place_kernel, _compact_kernel
+from .launch import cache_arguments
 
 TILE_BYTES = 8192  # of K, and as many of V: 32 registers a thread, so that many programs fit
 ROWS_IN_PLACE = 256  # of a tile of columns: 16 KiB, as only so many programs can run at once
@@ -61,28 +63,10 @@ def compact_kv(
         ValueError: an argument that does not fit the others, by name.
         NotImplementedError: a dtype that is not fp16, bf16 or fp32.
     """
-    num_segments = validate_selection(k, v, cu_seqlens_k, indices, cu_kept, block_table)
-    expect_same_device(
-        k=k,
-        out_k=out_k,
-        out_v=out_v,
-        cu_seqlens_out=cu_seqlens_out,
-        out_block_table=out_block_table,
-    )
-    for name, source, out in (("out_k", k, out_k), ("out_v", v, out_v)):
-        expect_paged_or_packed(name, out, out_block_table is not None)
-        expect_float(name, out)
-        expect(out.dtype == source.dtype, name, f"dtype {out.dtype}", f"{source.dtype}")
-        shape = (1, source.shape[-1])
-        expect(tuple(out.shape[-2:]) == shape, name, f"shape {tuple(out.shape)}", f"(..., {shape})")
-    same = out_k.shape[:-1] == out_v.shape[:-1]
-    got, expected = f"shape {tuple(out_v.shape)}", f"({tuple(out_k.shape[:-1])}, d_v), as out_k"
-    expect(same, "out_v", got, expected)
-    if out_block_table is None:
-        expect_int32("cu_seqlens_out", cu_seqlens_out, (num_segments + 1,))
-    else:
-        shape = (num_segments, out_block_table.shape[-1])
-        expect_int32("out_block_table", out_block_table, shape)
+    num_segments = check_selection(k, v, cu_seqlens_k, indices, cu_kept, block_table)
+    check_pool(num_segments, k, v, out_k, out_v, cu_seqlens_out, out_block_table)
+    expect_dtype("out_k", out_k, k.dtype)
+    expect_dtype("out_v", out_v, v.dtype)
     if num_segments == 0 or max_kept <= 0:
         return
     widest = max(k.shape[-1], v.shape[-1])
@@ -121,10 +105,13 @@ def compact_kv_(
     Arguments as for compact_kv. After it, logical row j of (sequence i, KV head h) holds kept
     token j of segment i * num_kv_heads + h; rows behind are unchanged. Needs no second copy.
 
+    For engines whose caches stay where they are and get shorter. Our adapters pack into a pool of
+    their own instead, and do not call this.
+
     Cost: a program walks a whole segment, as a tile may only move when those before it have. So
     K and V and their columns, 64 bytes each, go to programs of their own.
     """
-    num_segments = validate_selection(k, v, cu_seqlens_k, indices, cu_kept, block_table)
+    num_segments = check_selection(k, v, cu_seqlens_k, indices, cu_kept, block_table)
     if num_segments == 0 or max_kept <= 0:
         return
     columns_k, columns_v = (COLUMN_BYTES // x.element_size() for x in (k, v))
@@ -142,29 +129,18 @@ def compact_kv_(
 
 def source_arguments(k, v, cu_seqlens_k, indices, cu_kept, block_table) -> dict[str, object]:
     """What every kernel that reads rows by a selection is launched with."""
-    paged = block_table is not None
     return {
-        "k_ptr": k,
-        "v_ptr": v,
+        **cache_arguments(block_table, k=k, v=v),
         "cu_seqlens_k_ptr": cu_seqlens_k,
         "indices_ptr": indices,
         "cu_kept_ptr": cu_kept,
-        "block_table_ptr": block_table,
         "num_kv_heads": k.shape[-2],
-        "max_blocks": block_table.shape[1] if paged else 0,
-        "stride_k_page": k.stride(0) if paged else 0,
-        "stride_k_row": k.stride(-3),
-        "stride_k_head": k.stride(-2),
-        "stride_v_page": v.stride(0) if paged else 0,
-        "stride_v_row": v.stride(-3),
-        "stride_v_head": v.stride(-2),
-        "PAGE_SIZE": k.shape[1] if paged else 1,
         "HEAD_SIZE": k.shape[-1],
         "HEAD_SIZE_V": v.shape[-1],
     }
 
 
-def validate_selection(k, v, cu_seqlens_k, indices, cu_kept, block_table) -> int:
+def check_selection(k, v, cu_seqlens_k, indices, cu_kept, block_table) -> int:
     """Refuse sources and a selection that do not fit each other; the number of segments."""
     expect_same_device(
         k=k,
@@ -174,18 +150,35 @@ def validate_selection(k, v, cu_seqlens_k, indices, cu_kept, block_table) -> int
         cu_kept=cu_kept,
         block_table=block_table,
     )
-    for name, x in (("k", k), ("v", v)):
-        expect_paged_or_packed(name, x, block_table is not None)
-        expect_float(name, x)
-    same = k.shape[:-1] == v.shape[:-1]
-    expect(same, "v", f"shape {tuple(v.shape)}", f"({tuple(k.shape[:-1])}, d_v), as k")
-    num_seqs = cu_seqlens_k.numel() - 1 if block_table is None else block_table.shape[0]
+    expect_rows(block_table, k=k, v=v)
     if block_table is None:
+        num_seqs = cu_seqlens_k.numel() - 1
         expect(num_seqs >= 0, "cu_seqlens_k", "no elements", "num_seqs + 1 elements")
-        expect_int32("cu_seqlens_k", cu_seqlens_k, (num_seqs + 1,))
+        expect_per_sequence(num_seqs, cu_seqlens_k=cu_seqlens_k)
     else:
-        expect_int32("block_table", block_table, (num_seqs, block_table.shape[-1]))
+        num_seqs = block_table.shape[0]
+        expect_per_sequence(num_seqs, block_table=block_table)
     num_segments = num_seqs * k.shape[-2]
-    expect_int32("indices", indices, (indices.numel(),))
-    expect_int32("cu_kept", cu_kept, (num_segments + 1,))
+    expect_array("indices", indices, (indices.numel(),))
+    expect_per_sequence(num_segments, cu_kept=cu_kept)
     return num_segments
+
+
+def check_pool(num_segments, k, v, out_k, out_v, cu_seqlens_out, out_block_table) -> None:
+    """Refuse a ragged pool that does not fit the segments, or rows as wide as those of k and v."""
+    expect_same_device(
+        k=k,
+        v=v,
+        out_k=out_k,
+        out_v=out_v,
+        cu_seqlens_out=cu_seqlens_out,
+        out_block_table=out_block_table,
+    )
+    for name, source, out in (("out_k", k, out_k), ("out_v", v, out_v)):
+        shape = (1, source.shape[-1])
+        expect(tuple(out.shape[-2:]) == shape, name, f"shape {tuple(out.shape)}", f"(..., {shape})")
+    expect_rows(out_block_table, out_k=out_k, out_v=out_v)
+    if out_block_table is None:
+        expect_per_sequence(num_segments, cu_seqlens_out=cu_seqlens_out)
+    else:
+        expect_per_sequence(num_segments, out_block_table=out_block_table)

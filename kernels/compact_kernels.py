@@ -3,26 +3,8 @@
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _rows_of(
-    positions,  # [ROWS]
-    mask,
-    start_ptr,  # at the sequence's start; unused for pages
-    block_table_ptr,  # at the sequence's row, or None
-    stride_page,
-    stride_row,
-    PAGE_SIZE: tl.constexpr,
-):
-    """Offsets of logical positions of one sequence."""
-    # Not by an early return: Triton compiles what follows it all the same.
-    if block_table_ptr is None:
-        rows = (tl.load(start_ptr) + positions).to(tl.int64) * stride_row
-    else:
-        page = tl.load(block_table_ptr + positions // PAGE_SIZE, mask=mask, other=0).to(tl.int64)
-        rows = page * stride_page + (positions % PAGE_SIZE).to(tl.int64) * stride_row
-    return rows
-
+from . import profiling
+from .addressing import load_rows, row_offsets, sequence_start, store_rows
 
 # Single elements are read of these, or runs that start anywhere: where a layer's part of a tensor
 # starts is no reason to compile anew.
@@ -32,6 +14,7 @@ INTEGERS = ["cu_seqlens_k_ptr", "indices_ptr", "cu_kept_ptr", "block_table_ptr"]
 @triton.jit(
     do_not_specialize=["num_kv_heads", "max_blocks", "out_max_blocks"],
     do_not_specialize_on_alignment=[*INTEGERS, "cu_seqlens_out_ptr", "out_block_table_ptr"],
+    launch_metadata=profiling.compact,
 )
 def _compact_kernel(
     k_ptr,
@@ -70,49 +53,39 @@ def _compact_kernel(
     kept = tl.load(cu_kept_ptr + segment + 1) - first
     if tile * ROWS < kept:
         seq, head = segment // num_kv_heads, segment % num_kv_heads
-        if block_table_ptr is not None:
-            block_table_ptr += seq * max_blocks
-        if out_block_table_ptr is not None:
-            out_block_table_ptr += segment * out_max_blocks
+        start = sequence_start(seq, cu_seqlens_k_ptr, block_table_ptr, max_blocks)
+        start_out = sequence_start(segment, cu_seqlens_out_ptr, out_block_table_ptr, out_max_blocks)
         targets = tile * ROWS + tl.arange(0, ROWS)
-        mask = targets < kept
-        positions = tl.load(indices_ptr + first.to(tl.int64) + targets, mask=mask, other=0)
-        dims = tl.arange(0, D)
-        mask_k = mask[:, None] & (dims < HEAD_SIZE)[None, :]
-        mask_v = mask[:, None] & (dims < HEAD_SIZE_V)[None, :]
-        start = cu_seqlens_k_ptr + seq
-        start_out = cu_seqlens_out_ptr + segment
-
-        rows = _rows_of(
-            positions, mask, start, block_table_ptr, stride_k_page, stride_k_row, PAGE_SIZE
+        live = targets < kept
+        positions = tl.load(indices_ptr + first.to(tl.int64) + targets, mask=live, other=0)
+        at = row_offsets(
+            positions, live, start, block_table_ptr, stride_k_page, stride_k_row, PAGE_SIZE
         )
-        source = k_ptr + (rows + head * stride_k_head)[:, None] + dims[None, :]
-        k = tl.load(source, mask=mask_k)
-        rows = _rows_of(
-            positions, mask, start, block_table_ptr, stride_v_page, stride_v_row, PAGE_SIZE
+        k = load_rows(k_ptr, at + head * stride_k_head, live, HEAD_SIZE, D)
+        at = row_offsets(
+            positions, live, start, block_table_ptr, stride_v_page, stride_v_row, PAGE_SIZE
         )
-        source = v_ptr + (rows + head * stride_v_head)[:, None] + dims[None, :]
-        v = tl.load(source, mask=mask_v)
-        rows = _rows_of(
+        v = load_rows(v_ptr, at + head * stride_v_head, live, HEAD_SIZE_V, D)
+        at = row_offsets(
             targets,
-            mask,
+            live,
             start_out,
             out_block_table_ptr,
             stride_out_k_page,
             stride_out_k_row,
             OUT_PAGE_SIZE,
         )
-        tl.store(out_k_ptr + rows[:, None] + dims[None, :], k, mask=mask_k)
-        rows = _rows_of(
+        store_rows(out_k_ptr, at, k, live, HEAD_SIZE, D)
+        at = row_offsets(
             targets,
-            mask,
+            live,
             start_out,
             out_block_table_ptr,
             stride_out_v_page,
             stride_out_v_row,
             OUT_PAGE_SIZE,
         )
-        tl.store(out_v_ptr + rows[:, None] + dims[None, :], v, mask=mask_v)
+        store_rows(out_v_ptr, at, v, live, HEAD_SIZE_V, D)
 
 
 @triton.jit
@@ -122,7 +95,7 @@ def _load_kept(
     kept,
     columns,  # [COLUMNS]
     indices_ptr,  # at the segment
-    start_ptr,
+    start,
     block_table_ptr,
     stride_page,
     stride_row,
@@ -130,11 +103,11 @@ def _load_kept(
     HEAD_SIZE: tl.constexpr,
 ):
     """Columns of kept rows from where they lie, `[ROWS, COLUMNS]`."""
-    mask = targets < kept
-    positions = tl.load(indices_ptr + targets, mask=mask, other=0)
-    rows = _rows_of(positions, mask, start_ptr, block_table_ptr, stride_page, stride_row, PAGE_SIZE)
-    mask_x = mask[:, None] & (columns < HEAD_SIZE)[None, :]
-    return tl.load(x_ptr + rows[:, None] + columns[None, :], mask=mask_x)
+    live = targets < kept
+    positions = tl.load(indices_ptr + targets, mask=live, other=0)
+    at = row_offsets(positions, live, start, block_table_ptr, stride_page, stride_row, PAGE_SIZE)
+    mask = live[:, None] & (columns < HEAD_SIZE)[None, :]
+    return tl.load(x_ptr + at[:, None] + columns[None, :], mask=mask)
 
 
 @triton.jit
@@ -143,7 +116,7 @@ def _move_to_front(
     kept,
     columns,
     indices_ptr,
-    start_ptr,
+    start,
     block_table_ptr,
     stride_page,
     stride_row,
@@ -164,7 +137,7 @@ def _move_to_front(
         kept,
         columns,
         indices_ptr,
-        start_ptr,
+        start,
         block_table_ptr,
         stride_page,
         stride_row,
@@ -179,25 +152,25 @@ def _move_to_front(
             kept,
             columns,
             indices_ptr,
-            start_ptr,
+            start,
             block_table_ptr,
             stride_page,
             stride_row,
             PAGE_SIZE,
             HEAD_SIZE,
         )
-        mask = targets < kept
-        rows = _rows_of(
-            targets, mask, start_ptr, block_table_ptr, stride_page, stride_row, PAGE_SIZE
-        )
-        mask_x = mask[:, None] & (columns < HEAD_SIZE)[None, :]
-        tl.store(x_ptr + rows[:, None] + columns[None, :], tile, mask=mask_x)
+        live = targets < kept
+        at = row_offsets(targets, live, start, block_table_ptr, stride_page, stride_row, PAGE_SIZE)
+        mask = live[:, None] & (columns < HEAD_SIZE)[None, :]
+        tl.store(x_ptr + at[:, None] + columns[None, :], tile, mask=mask)
         targets += ROWS
         tile = next_tile
 
 
 @triton.jit(
-    do_not_specialize=["num_kv_heads", "max_blocks"], do_not_specialize_on_alignment=INTEGERS
+    do_not_specialize=["num_kv_heads", "max_blocks"],
+    do_not_specialize_on_alignment=INTEGERS,
+    launch_metadata=profiling.compact,
 )
 def _compact_in_place_kernel(
     k_ptr,
@@ -227,15 +200,14 @@ def _compact_in_place_kernel(
     first = tl.load(cu_kept_ptr + segment)
     kept = tl.load(cu_kept_ptr + segment + 1) - first
     seq, head = segment // num_kv_heads, segment % num_kv_heads
-    if block_table_ptr is not None:
-        block_table_ptr += seq * max_blocks
+    start = sequence_start(seq, cu_seqlens_k_ptr, block_table_ptr, max_blocks)
     if column < SLICES_K:
         _move_to_front(
             k_ptr + head * stride_k_head,
             kept,
             column * COLUMNS_K + tl.arange(0, COLUMNS_K),
             indices_ptr + first,
-            cu_seqlens_k_ptr + seq,
+            start,
             block_table_ptr,
             stride_k_page,
             stride_k_row,
@@ -249,7 +221,7 @@ def _compact_in_place_kernel(
             kept,
             (column - SLICES_K) * COLUMNS_V + tl.arange(0, COLUMNS_V),
             indices_ptr + first,
-            cu_seqlens_k_ptr + seq,
+            start,
             block_table_ptr,
             stride_v_page,
             stride_v_row,

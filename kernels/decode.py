@@ -14,17 +14,19 @@ import torch
 import triton
 from torch import Tensor
 
-from .append import append_kv
+from .append import append_kv  # the README's name for it, by which engines import it
 from .checks import (
     expect,
-    expect_float,
-    expect_int32,
-    expect_paged_or_packed,
+    expect_array,
+    expect_dtype,
+    expect_per_sequence,
+    expect_queries,
     expect_same_device,
-    num_multiprocessors,
-    padded,
+    expect_shape,
 )
-from .decode_kernels import _combine_kernel, _split_kernel
+from .decode_kernels import _combine_splits_kernel, _split_kernel
+from .launch import cache_arguments, num_multiprocessors, padded
+from .types import MAX_SEQLEN_Q
 
 __all__ = [
     "MAX_SEQLEN_Q",
@@ -35,7 +37,6 @@ __all__ = [
     "varlen_decode",
 ]
 
-MAX_SEQLEN_Q = 16
 PROGRAMS_PER_MULTIPROCESSOR = 2
 
 
@@ -129,7 +130,8 @@ def varlen_decode(
         softmax_scale: default 1 / sqrt(d).
         causal: bottom-right aligned. False by default, as in flash-attn: several rows that continue
             their sequence want True; one row sees all keys either way.
-        window_size: (left, right) keys visible round the aligned diagonal, -1 for no bound.
+        window_size: (left, right) keys visible round the aligned diagonal, -1 for no bound. Like
+            softcap, of flash-attn's signature, for engines: our adapters never pass it.
         softcap: logits become tanh(logits / softcap) * softcap where it is above 0.
         seqused_k: `[num_seqs]` int32, live keys of each sequence, on the device.
         block_table: `[num_seqs, max_blocks]` int32.
@@ -149,107 +151,99 @@ def varlen_decode(
         ValueError: an argument that does not fit the others, by name.
         NotImplementedError: a dtype, head size or query length that is not supported.
     """
-    _validate(
+    num_seqs = cu_seqlens_q.numel() - 1
+    _check(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, window_size, seqused_k, block_table, out
     )
-    _validate_bias(first_key_bias, q, (cu_seqlens_q.numel() - 1) * k.shape[-2], window_size)
+    _check_bias(first_key_bias, q, num_seqs * k.shape[-2], window_size)
+    plan = _launch_for(q, v, num_seqs, max_seqlen_q, max_seqlen_k)
+    workspace = _workspace(plan, q, v, workspace)
     total_q, num_heads, d = q.shape
-    num_kv_heads, d_v = v.shape[-2:]
-    num_seqs = cu_seqlens_q.numel() - 1
-    launch = _launch_for(q, v, num_seqs, max_seqlen_q, max_seqlen_k)
-    is_direct = launch.num_splits == 1
-    if workspace is not None:
-        _validate_workspace(workspace, q, _workspace_size(launch, q, v))
-    elif not is_direct:
-        size = _workspace_size(launch, q, v)
-        workspace = torch.empty(size, dtype=torch.float32, device=q.device)
-    paged = block_table is not None
-    out = q.new_empty(total_q, num_heads, d_v) if out is None else out
+    out = q.new_empty(total_q, num_heads, v.shape[-1]) if out is None else out
     lse = None
     if return_softmax_lse:
         lse = torch.empty(num_heads, total_q, dtype=torch.float32, device=q.device)
-    num_rows = total_q * num_heads
-    if not is_direct:
-        assert workspace is not None
-        partial_out, partial_lse = workspace, workspace[launch.num_splits * num_rows * d_v :]
-
-    scale = d**-0.5 if softmax_scale is None else softmax_scale
-    log2_e = math.log2(math.e)
-    left, right = window_size[0], 0 if causal else window_size[1]
     max_keys = max_seqlen_k
     if block_table is not None:
         max_keys = min(max_keys, block_table.shape[1] * k.shape[1])
+    scale = (d**-0.5 if softmax_scale is None else softmax_scale) * math.log2(math.e)
+    left, right = window_size[0], 0 if causal else window_size[1]
+    shared = {  # by both kernels
+        "cu_seqlens_q_ptr": cu_seqlens_q,
+        "cu_seqlens_k_ptr": cu_seqlens_k,
+        "seqused_k_ptr": seqused_k,
+        "max_keys": max_keys,
+        "num_rows": total_q * num_heads,
+        "split_size": plan.split_size,
+        "stride_out_row": out.stride(0),
+        "stride_out_head": out.stride(1),
+        "HEAD_SIZE_V": v.shape[-1],
+        "D_V": padded(v.shape[-1]),
+    }
+    split = {
+        **shared,
+        **cache_arguments(block_table, k=k, v=v),
+        "q_ptr": q,
+        "first_key_bias_ptr": first_key_bias,
+        "scale_log2": scale * (2.0 / softcap if softcap > 0 else 1.0),
+        "softcap_log2": softcap * math.log2(math.e),
+        "window_left": left,
+        "window_right": right,
+        "num_kv_heads": k.shape[-2],
+        "stride_q_row": q.stride(0),
+        "stride_q_head": q.stride(1),
+        "HEAD_SIZE": d,
+        "D": padded(d),
+        "GROUP": num_heads // k.shape[-2],
+        "BOUND_LEFT": left >= 0,
+        "BOUND_RIGHT": right >= 0,
+        "SOFTCAP": softcap > 0,
+    }
     with torch.cuda.device_of(q):  # the model may lie on several devices
-        _split_kernel[(num_seqs * launch.num_row_blocks * num_kv_heads, launch.num_splits)](
-            q_ptr=q,
-            k_ptr=k,
-            v_ptr=v,
-            cu_seqlens_q_ptr=cu_seqlens_q,
-            cu_seqlens_k_ptr=cu_seqlens_k,
-            seqused_k_ptr=seqused_k,
-            block_table_ptr=block_table,
-            first_key_bias_ptr=first_key_bias,
-            out_ptr=out if is_direct else partial_out,
-            lse_ptr=lse if is_direct else partial_lse,
-            scale_log2=scale * log2_e * (2.0 / softcap if softcap > 0 else 1.0),
-            softcap_log2=softcap * log2_e,
-            window_left=left,
-            window_right=right,
-            max_blocks=0 if block_table is None else block_table.shape[1],
-            max_keys=max_keys,
-            num_rows=num_rows,
-            num_kv_heads=num_kv_heads,
-            num_row_blocks=launch.num_row_blocks,
-            split_size=launch.split_size,
-            stride_q_row=q.stride(0),
-            stride_q_head=q.stride(1),
-            stride_k_page=k.stride(0) if paged else 0,
-            stride_k_row=k.stride(-3),
-            stride_k_head=k.stride(-2),
-            stride_v_page=v.stride(0) if paged else 0,
-            stride_v_row=v.stride(-3),
-            stride_v_head=v.stride(-2),
-            stride_out_row=out.stride(0),
-            stride_out_head=out.stride(1),
-            PAGE_SIZE=k.shape[1] if paged else 1,
-            HEAD_SIZE=d,
-            HEAD_SIZE_V=d_v,
-            D=padded(d),
-            D_V=padded(d_v),
-            GROUP=num_heads // num_kv_heads,
-            BOUND_LEFT=left >= 0,
-            BOUND_RIGHT=right >= 0,
-            SOFTCAP=softcap > 0,
-            DIRECT=is_direct,
-            BLOCK_M=launch.BLOCK_M,
-            BLOCK_N=launch.BLOCK_N,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-            maxnreg=launch.maxnreg,
-        )
-    if not is_direct:
-        with torch.cuda.device_of(q):
-            _combine_kernel[(num_seqs * num_heads, max_seqlen_q)](
-                partial_out_ptr=partial_out,
-                partial_lse_ptr=partial_lse,
-                cu_seqlens_q_ptr=cu_seqlens_q,
-                cu_seqlens_k_ptr=cu_seqlens_k,
-                seqused_k_ptr=seqused_k,
-                out_ptr=out,
-                lse_ptr=lse,
-                max_keys=max_keys,
-                num_rows=num_rows,
-                num_heads=num_heads,
-                split_size=launch.split_size,
-                stride_out_row=out.stride(0),
-                stride_out_head=out.stride(1),
-                HEAD_SIZE_V=d_v,
-                D_V=padded(d_v),
-                PAGED=paged,
-                BLOCK_S=32,
-                num_warps=4,
-            )
+        _launch(plan, split, shared, out, lse, workspace, num_seqs, max_seqlen_q)
     return (out, lse) if lse is not None else out
+
+
+def _launch(
+    plan: DecodeLaunch,
+    split: dict[str, object],
+    shared: dict[str, object],
+    out: Tensor,
+    lse: Tensor | None,
+    workspace: Tensor | None,
+    num_seqs: int,
+    max_seqlen_q: int,
+) -> None:
+    """Attention of the splits, and their combination where there are several."""
+    num_heads, d_v = out.shape[1:]
+    to, to_lse = out, lse
+    if workspace is not None:
+        to, to_lse = workspace, workspace[plan.num_splits * out.shape[0] * num_heads * d_v :]
+    num_kv_heads = split["num_kv_heads"]
+    _split_kernel[(num_seqs * plan.num_row_blocks * num_kv_heads, plan.num_splits)](
+        **split,
+        out_ptr=to,
+        lse_ptr=to_lse,
+        num_row_blocks=plan.num_row_blocks,
+        DIRECT=workspace is None,
+        BLOCK_M=plan.BLOCK_M,
+        BLOCK_N=plan.BLOCK_N,
+        num_warps=plan.num_warps,
+        num_stages=plan.num_stages,
+        maxnreg=plan.maxnreg,
+    )
+    if workspace is not None:
+        _combine_splits_kernel[(num_seqs * num_heads, max_seqlen_q)](
+            **shared,
+            partial_out_ptr=to,
+            partial_lse_ptr=to_lse,
+            out_ptr=out,
+            lse_ptr=lse,
+            num_heads=num_heads,
+            PAGED=split["block_table_ptr"] is not None,
+            BLOCK_S=32,
+            num_warps=4,
+        )
 
 
 def decode_workspace(
@@ -286,30 +280,31 @@ def _launch_for(
     )
 
 
-def _validate_workspace(workspace: Tensor, q: Tensor, needed: int) -> None:
-    expect_same_device(q=q, workspace=workspace)
-    dtype = workspace.dtype
-    expect(dtype == torch.float32, "workspace", f"dtype {dtype}", "torch.float32")
-    got = f"shape {tuple(workspace.shape)}, strides {workspace.stride()}"
-    fits = workspace.dim() == 1 and workspace.is_contiguous() and workspace.numel() >= needed
-    expect(fits, "workspace", got, f"one contiguous dimension of {needed} at least")
+def _workspace(plan: DecodeLaunch, q: Tensor, v: Tensor, given: Tensor | None) -> Tensor | None:
+    """Memory for partial results, the caller's where given and fit; None without splits."""
+    needed = _workspace_size(plan, q, v)
+    if given is not None:
+        expect_same_device(q=q, workspace=given)
+        expect_dtype("workspace", given, torch.float32)
+        got = f"shape {tuple(given.shape)}, strides {given.stride()}"
+        fits = given.dim() == 1 and given.is_contiguous() and given.numel() >= needed
+        expect(fits, "workspace", got, f"one contiguous dimension of {needed} at least")
+    if plan.num_splits == 1:
+        return None
+    return torch.empty(needed, dtype=torch.float32, device=q.device) if given is None else given
 
 
-def _validate_bias(bias: Tensor | None, q: Tensor, size: int, window_size) -> None:
-    if bias is None:
-        return
-    expect_same_device(q=q, first_key_bias=bias)
-    name, dtype = "first_key_bias", bias.dtype
-    expect(dtype == torch.float32, name, f"dtype {dtype}", "torch.float32")
-    expect(tuple(bias.shape) == (size,), name, f"shape {tuple(bias.shape)}", f"({size},)")
-    expect(bias.is_contiguous(), name, f"strides {bias.stride()}", "a contiguous tensor")
-    no_left_bound = window_size[0] < 0
-    expect(no_left_bound, "window_size", window_size, f"no left bound together with {name}")
+def _check_bias(bias: Tensor | None, q: Tensor, size: int, window_size) -> None:
+    if bias is not None:
+        expect_same_device(q=q, first_key_bias=bias)
+        expect_array("first_key_bias", bias, (size,), torch.float32)
+        expected = "no left bound together with first_key_bias"
+        expect(window_size[0] < 0, "window_size", window_size, expected)
 
 
-def _validate(
+def _check(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, window_size, seqused_k, block_table, out
-):
+) -> None:
     expect_same_device(
         q=q,
         k=k,
@@ -320,20 +315,7 @@ def _validate(
         block_table=block_table,
         out=out,
     )
-    expect(q.dim() == 3, "q", f"shape {tuple(q.shape)}", "[total_q, num_heads, d]")
-    expect_float("q", q)
-    total_q, num_heads, d = q.shape
-    for name, x in (("k", k), ("v", v)):
-        expect_paged_or_packed(name, x, block_table is not None)
-        expect_float(name, x)
-        expect(x.dtype == q.dtype, name, f"dtype {x.dtype}", f"{q.dtype}, as q")
-        if x.shape[-1] > 256:
-            raise NotImplementedError(f"{name}: got head size {x.shape[-1]}, expected at most 256")
-    expect(k.shape[-1] == d, "k", f"head size {k.shape[-1]}", f"{d}, as q")
-    same = k.shape[:-1] == v.shape[:-1]
-    expect(same, "v", f"shape {tuple(v.shape)}", f"({tuple(k.shape[:-1])}, d_v), as k")
-    multiple = k.shape[-2] > 0 and num_heads % k.shape[-2] == 0
-    expect(multiple, "k", f"{k.shape[-2]} heads", f"a divisor of q's {num_heads} heads")
+    expect_queries(q, block_table, k=k, v=v)
     if max_seqlen_q > MAX_SEQLEN_Q:
         raise NotImplementedError(
             f"max_seqlen_q: got {max_seqlen_q}, expected at most {MAX_SEQLEN_Q}"
@@ -341,14 +323,14 @@ def _validate(
     expect(len(window_size) == 2, "window_size", window_size, "(left, right)")
     num_seqs = cu_seqlens_q.numel() - 1
     expect(num_seqs >= 0, "cu_seqlens_q", "no elements", "num_seqs + 1 elements")
-    expect_int32("cu_seqlens_q", cu_seqlens_q, (num_seqs + 1,))
-    expect_int32("cu_seqlens_k", cu_seqlens_k, (num_seqs + 1,))
-    if seqused_k is not None:
-        expect_int32("seqused_k", seqused_k, (num_seqs,))
-    if block_table is not None:
-        expect_int32("block_table", block_table, (num_seqs, block_table.shape[-1]))
+    expect_per_sequence(
+        num_seqs,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        seqused_k=seqused_k,
+        block_table=block_table,
+    )
     if out is not None:
-        shape = (total_q, num_heads, v.shape[-1])
-        expect(tuple(out.shape) == shape, "out", f"shape {tuple(out.shape)}", f"{shape}")
-        expect(out.dtype == q.dtype, "out", f"dtype {out.dtype}", f"{q.dtype}, as q")
+        expect_shape("out", out, (*q.shape[:2], v.shape[-1]))
+        expect_dtype("out", out, q.dtype)
         expect(out.stride(-1) == 1, "out", f"strides {out.stride()}", "1 in the last dimension")

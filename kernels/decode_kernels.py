@@ -3,56 +3,92 @@
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _load_rows(
-    x_ptr,  # at the KV head
-    block_table_ptr,  # at the sequence's row, or None
-    keys,  # [BLOCK_N], positions in the sequence
-    live,  # [BLOCK_N], or None where all are
-    start_k,
-    stride_page,
-    stride_row,
-    PAGE_SIZE: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    D: tl.constexpr,
-):
-    """Rows of one head `[BLOCK_N, D]`, 0 where not live and beyond the head size."""
-    if block_table_ptr is None:
-        offsets = (start_k + keys).to(tl.int64) * stride_row
-    else:
-        if live is None:
-            page = tl.load(block_table_ptr + keys // PAGE_SIZE).to(tl.int64)
-        else:
-            page = tl.load(block_table_ptr + keys // PAGE_SIZE, mask=live, other=0).to(tl.int64)
-        offsets = page * stride_page + (keys % PAGE_SIZE).to(tl.int64) * stride_row
-    dims = tl.arange(0, D)
-    rows = x_ptr + offsets[:, None] + dims[None, :]
-    # Dead rows may hold anything: as 0 they cannot turn a product into NaN.
-    if D > HEAD_SIZE:
-        inside = (dims < HEAD_SIZE)[None, :]
-        if live is not None:
-            inside = inside & live[:, None]
-        return tl.load(rows, mask=inside, other=0.0)
-    if live is not None:
-        return tl.load(rows, mask=live[:, None], other=0.0)
-    return tl.load(rows)
-
-
-@triton.jit
-def _live_keys(seq, cu_seqlens_k_ptr, seqused_k_ptr, max_keys, PAGED: tl.constexpr):
-    """(start, live keys) of a sequence: never more keys than it has memory for."""
-    start_k = tl.load(cu_seqlens_k_ptr + seq)
-    n_k = tl.load(cu_seqlens_k_ptr + seq + 1) - start_k
-    if seqused_k_ptr is not None:
-        used = tl.load(seqused_k_ptr + seq)
-        n_k = used if PAGED else tl.minimum(n_k, used)
-    return start_k, tl.minimum(n_k, max_keys)
-
+from . import profiling
+from .addressing import live_length, load_rows, row_offsets, sequence_start, store_rows
 
 # Of lengths, single elements are read: where a layer's part of a tensor starts is no reason to
 # compile anew.
 LENGTHS = ["cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_k_ptr"]
+
+
+@triton.jit
+def _live_keys(seq, cu_seqlens_k_ptr, seqused_k_ptr, max_keys, PAGED: tl.constexpr):
+    """Live keys of a sequence: never more than it has memory for."""
+    return tl.minimum(live_length(seq, cu_seqlens_k_ptr, seqused_k_ptr, not PAGED), max_keys)
+
+
+@triton.jit
+def _attend(
+    q,  # [BLOCK_M, D]
+    row_max,  # [BLOCK_M], log2, of the keys seen so far; so are the next two
+    row_sum,  # [BLOCK_M]
+    acc,  # [BLOCK_M, D_V]
+    k_ptr,  # at the KV head
+    v_ptr,
+    block_table_ptr,
+    start_k,
+    begin,
+    end,
+    n_k,
+    diagonal,  # [BLOCK_M], the key that each row is aligned with
+    bias,  # of the first key, log2, or None
+    scale_log2,
+    softcap_log2,
+    window_left,
+    window_right,
+    stride_k_page,
+    stride_k_row,
+    stride_v_page,
+    stride_v_row,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_SIZE_V: tl.constexpr,
+    D: tl.constexpr,
+    D_V: tl.constexpr,
+    BOUND_LEFT: tl.constexpr,
+    BOUND_RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,  # whether some row may not see some key
+    BLOCK_N: tl.constexpr,
+):
+    """What the rows have seen, with the keys from begin to end. Long by what it is told."""
+    for start in range(begin, end, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        live = keys < n_k if MASKED else None
+        at_k = row_offsets(
+            keys, live, start_k, block_table_ptr, stride_k_page, stride_k_row, PAGE_SIZE
+        )
+        k = load_rows(k_ptr, at_k, live, HEAD_SIZE, D)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if SOFTCAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1), finite at both ends
+            logits = 1.0 - 2.0 / (tl.exp2(logits * scale_log2) + 1.0)
+        if bias is not None:  # costs no instruction more but the select
+            addend = tl.where(keys == 0, bias, 0.0)[None, :]
+            logits = tl.fma(logits, softcap_log2 if SOFTCAP else scale_log2, addend)
+        else:
+            logits = logits * (softcap_log2 if SOFTCAP else scale_log2)
+        if MASKED:
+            seen = (keys < n_k)[None, :]
+            if BOUND_RIGHT:
+                seen = seen & (keys[None, :] <= diagonal[:, None] + window_right)
+            if BOUND_LEFT:
+                seen = seen & (keys[None, :] >= diagonal[:, None] - window_left)
+            logits = tl.where(seen, logits, -float("inf"))
+        new_max = tl.maximum(row_max, tl.max(logits, 1))
+        shift = new_max
+        if MASKED:  # a row that has seen no key yet: exp2(-inf - 0) is 0, not NaN
+            shift = tl.where(new_max == -float("inf"), 0.0, new_max)
+        weights = tl.exp2(logits - shift[:, None])  # [BLOCK_M, BLOCK_N]
+        correction = tl.exp2(row_max - shift)
+        row_sum = row_sum * correction + tl.sum(weights, 1)
+        row_max = new_max
+        at_v = row_offsets(
+            keys, live, start_k, block_table_ptr, stride_v_page, stride_v_row, PAGE_SIZE
+        )
+        v = load_rows(v_ptr, at_v, live, HEAD_SIZE_V, D_V)
+        acc = acc * correction[:, None]
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
+    return row_max, row_sum, acc
 
 
 @triton.jit(
@@ -65,6 +101,7 @@ LENGTHS = ["cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_k_ptr"]
         "split_size",
     ],
     do_not_specialize_on_alignment=[*LENGTHS, "first_key_bias_ptr"],
+    launch_metadata=profiling.decode_split,
 )
 def _split_kernel(
     q_ptr,  # [total_q, num_heads, d]
@@ -114,6 +151,8 @@ def _split_kernel(
 
     The grid is made for the capacity; what lies behind the live length exits at once. Splits are
     its slow axis: heads that share memory pages run together, and idle programs come last.
+
+    Longer than 100 lines by its 43 arguments and their way to _attend.
     """
     split = tl.program_id(1)
     head, rest = (tl.program_id(0) % num_kv_heads).to(tl.int64), tl.program_id(0) // num_kv_heads
@@ -122,23 +161,18 @@ def _split_kernel(
     start_q = tl.load(cu_seqlens_q_ptr + seq)
     n_q = tl.load(cu_seqlens_q_ptr + seq + 1) - start_q
     PAGED: tl.constexpr = block_table_ptr is not None
-    start_k, n_k = _live_keys(seq, cu_seqlens_k_ptr, seqused_k_ptr, max_keys, PAGED)
+    n_k = _live_keys(seq, cu_seqlens_k_ptr, seqused_k_ptr, max_keys, PAGED)
     begin = split * split_size
     end = tl.minimum(begin + split_size, n_k)
 
     if (row_block * BLOCK_M < n_q * GROUP) & ((begin < n_k) | DIRECT):
-        if block_table_ptr is not None:
-            block_table_ptr += seq * max_blocks
+        start_k = sequence_start(seq, cu_seqlens_k_ptr, block_table_ptr, max_blocks)
         rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
         tokens, heads = rows // GROUP, rows % GROUP
         live_rows = tokens < n_q
         row_offset = (start_q + tokens).to(tl.int64)
-        dims = tl.arange(0, D)
-        q_mask = live_rows[:, None]
-        if D > HEAD_SIZE:
-            q_mask = q_mask & (dims < HEAD_SIZE)[None, :]
-        q_row = row_offset * stride_q_row + (head * GROUP + heads) * stride_q_head
-        q = tl.load(q_ptr + q_row[:, None] + dims[None, :], mask=q_mask, other=0.0)
+        at_q = row_offset * stride_q_row + (head * GROUP + heads) * stride_q_head
+        q = load_rows(q_ptr, at_q, live_rows, HEAD_SIZE, D)
 
         # Bottom-right aligned: the last query row's diagonal is the last live key.
         diagonal = n_k - n_q + tokens
@@ -154,95 +188,68 @@ def _split_kernel(
             full = begin
         full = begin + tl.maximum(full - begin, 0) // BLOCK_N * BLOCK_N
 
-        k_ptr += head * stride_k_head
-        v_ptr += head * stride_v_head
+        bias = None
         if first_key_bias_ptr is not None:
             bias = tl.load(first_key_bias_ptr + seq * num_kv_heads + head) * 1.4426950408889634
         row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
         acc = tl.zeros((BLOCK_M, D_V), tl.float32)
         for masked in tl.static_range(2):
-            for start in range(full if masked else begin, end if masked else full, BLOCK_N):
-                keys = start + tl.arange(0, BLOCK_N)
-                k = _load_rows(
-                    k_ptr,
-                    block_table_ptr,
-                    keys,
-                    keys < n_k if masked else None,
-                    start_k,
-                    stride_k_page,
-                    stride_k_row,
-                    PAGE_SIZE,
-                    HEAD_SIZE,
-                    D,
-                )
-                logits = tl.dot(q, tl.trans(k), input_precision="ieee")
-                if SOFTCAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1), finite at both ends
-                    logits = 1.0 - 2.0 / (tl.exp2(logits * scale_log2) + 1.0)
-                if first_key_bias_ptr is not None:  # costs no instruction more but the select
-                    addend = tl.where(keys == 0, bias, 0.0)[None, :]
-                    logits = tl.fma(logits, softcap_log2 if SOFTCAP else scale_log2, addend)
-                else:
-                    logits = logits * (softcap_log2 if SOFTCAP else scale_log2)
-                if masked:
-                    seen = (keys < n_k)[None, :]
-                    if BOUND_RIGHT:
-                        seen = seen & (keys[None, :] <= diagonal[:, None] + window_right)
-                    if BOUND_LEFT:
-                        seen = seen & (keys[None, :] >= diagonal[:, None] - window_left)
-                    logits = tl.where(seen, logits, -float("inf"))
-                new_max = tl.maximum(row_max, tl.max(logits, 1))
-                shift = new_max
-                if masked:  # a row that has seen no key yet: exp2(-inf - 0) is 0, not NaN
-                    shift = tl.where(new_max == -float("inf"), 0.0, new_max)
-                weights = tl.exp2(logits - shift[:, None])  # [BLOCK_M, BLOCK_N]
-                correction = tl.exp2(row_max - shift)
-                row_sum = row_sum * correction + tl.sum(weights, 1)
-                row_max = new_max
-                v = _load_rows(
-                    v_ptr,
-                    block_table_ptr,
-                    keys,
-                    keys < n_k if masked else None,
-                    start_k,
-                    stride_v_page,
-                    stride_v_row,
-                    PAGE_SIZE,
-                    HEAD_SIZE_V,
-                    D_V,
-                )
-                acc = acc * correction[:, None]
-                acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
+            row_max, row_sum, acc = _attend(
+                q,
+                row_max,
+                row_sum,
+                acc,
+                k_ptr + head * stride_k_head,
+                v_ptr + head * stride_v_head,
+                block_table_ptr,
+                start_k,
+                full if masked else begin,
+                end if masked else full,
+                n_k,
+                diagonal,
+                bias,
+                scale_log2,
+                softcap_log2,
+                window_left,
+                window_right,
+                stride_k_page,
+                stride_k_row,
+                stride_v_page,
+                stride_v_row,
+                PAGE_SIZE,
+                HEAD_SIZE,
+                HEAD_SIZE_V,
+                D,
+                D_V,
+                BOUND_LEFT,
+                BOUND_RIGHT,
+                SOFTCAP,
+                masked,
+                BLOCK_N,
+            )
 
         saw_none = row_sum == 0.0
         result = acc / tl.where(saw_none, 1.0, row_sum)[:, None]
         lse = tl.where(saw_none, -float("inf"), row_max + tl.log2(row_sum))
-        dims_v = tl.arange(0, D_V)
-        out_mask = live_rows[:, None]
-        if D_V > HEAD_SIZE_V:
-            out_mask = out_mask & (dims_v < HEAD_SIZE_V)[None, :]
         if DIRECT:
-            out_row = row_offset * stride_out_row + (head * GROUP + heads) * stride_out_head
-            target = out_ptr + out_row[:, None] + dims_v[None, :]
-            tl.store(target, result.to(out_ptr.dtype.element_ty), mask=out_mask)
+            at_out = row_offset * stride_out_row + (head * GROUP + heads) * stride_out_head
+            store_rows(out_ptr, at_out, result, live_rows, HEAD_SIZE_V, D_V)
             if lse_ptr is not None:
-                total_q = num_rows // num_heads
-                natural = lse * 0.6931471805599453
-                tl.store(
-                    lse_ptr + (head * GROUP + heads) * total_q + row_offset, natural, mask=live_rows
-                )
+                row = (head * GROUP + heads) * (num_rows // num_heads) + row_offset
+                tl.store(lse_ptr + row, lse * 0.6931471805599453, mask=live_rows)
         else:
             row = split.to(tl.int64) * num_rows + row_offset * num_heads + head * GROUP + heads
-            target = out_ptr + row[:, None] * HEAD_SIZE_V + dims_v[None, :]
-            tl.store(target, result, mask=out_mask)
+            store_rows(out_ptr, row * HEAD_SIZE_V, result, live_rows, HEAD_SIZE_V, D_V)
             tl.store(lse_ptr + row, lse, mask=live_rows)
 
 
 @triton.jit(
     do_not_specialize=["max_keys", "num_rows", "num_heads", "split_size"],
     do_not_specialize_on_alignment=LENGTHS,
+    launch_metadata=profiling.decode_combine,
 )
-def _combine_kernel(
+def _combine_splits_kernel(
     partial_out_ptr,  # fp32 [num_splits, num_rows, d_v]
     partial_lse_ptr,  # fp32 [num_splits, num_rows], log2
     cu_seqlens_q_ptr,
@@ -266,21 +273,20 @@ def _combine_kernel(
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     start_q = tl.load(cu_seqlens_q_ptr + seq)
     if token < tl.load(cu_seqlens_q_ptr + seq + 1) - start_q:
-        _, n_k = _live_keys(seq, cu_seqlens_k_ptr, seqused_k_ptr, max_keys, PAGED)
-        live = tl.cdiv(n_k, split_size)
+        n_k = _live_keys(seq, cu_seqlens_k_ptr, seqused_k_ptr, max_keys, PAGED)
+        num_splits = tl.cdiv(n_k, split_size)
         q_row = (start_q + token).to(tl.int64)
         row = q_row * num_heads + head
         dims = tl.arange(0, D_V)
         row_max = tl.full((), -float("inf"), tl.float32)
         row_sum = tl.zeros((), tl.float32)
         acc = tl.zeros((D_V,), tl.float32)
-        for start in range(0, live, BLOCK_S):
+        for start in range(0, num_splits, BLOCK_S):
             splits = start + tl.arange(0, BLOCK_S)
+            live = splits < num_splits
             rows = splits.to(tl.int64) * num_rows + row
-            lse = tl.load(partial_lse_ptr + rows, mask=splits < live, other=-float("inf"))
-            part_mask = (splits < live)[:, None] & (dims < HEAD_SIZE_V)[None, :]
-            part = partial_out_ptr + rows[:, None] * HEAD_SIZE_V + dims[None, :]
-            values = tl.load(part, mask=part_mask, other=0.0)  # [BLOCK_S, D_V]
+            lse = tl.load(partial_lse_ptr + rows, mask=live, other=-float("inf"))
+            values = load_rows(partial_out_ptr, rows * HEAD_SIZE_V, live, HEAD_SIZE_V, D_V)
             new_max = tl.maximum(row_max, tl.max(lse, 0))
             shift = tl.where(new_max == -float("inf"), 0.0, new_max)
             weights = tl.exp2(lse - shift)
@@ -293,6 +299,6 @@ def _combine_kernel(
         target = out_ptr + q_row * stride_out_row + head * stride_out_head + dims
         tl.store(target, result.to(out_ptr.dtype.element_ty), mask=dims < HEAD_SIZE_V)
         if lse_ptr is not None:
-            total_q = num_rows // num_heads
             lse_2 = tl.where(saw_none, -float("inf"), row_max + tl.log2(row_sum))
-            tl.store(lse_ptr + head * total_q + q_row, lse_2 * 0.6931471805599453)
+            row = head * (num_rows // num_heads) + q_row
+            tl.store(lse_ptr + row, lse_2 * 0.6931471805599453)

@@ -1,46 +1,19 @@
 """The specification of the kernels: the same functions in plain fp32 torch, on any device.
 
-Each function here has its Triton twin of the same name and signature in `kernels/`; the tests hold
-the twins to these. Clarity first: these loop over sequences (never over tokens), sync, and
-materialise what the kernels never do. Steps of the recipe are those of docs/recipe.md.
+Each function here has its Triton twin of the same name and signature beside it, whose docstring
+has the contract of both; the tests hold the twins to these. Clarity first: these loop over
+sequences (never over tokens), sync, and materialise what the kernels never do. Steps of the recipe
+are those of docs/recipe.md.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class PostVisionStats(NamedTuple):
-    """What the post-vision query rows say about the keys of one layer.
-
-    scores: `[num_kv_heads, total_k]` fp32, ψ: the attention that each key receives from the
-        query rows, summed over rows and averaged over the query heads of its KV head, or otherwise
-        reduced. 0 for rows that belong to no live key.
-    retained: `[num_seqs, num_heads]` int64, the entries that pass the ThresholdFilter.
-    visible: `[num_seqs]` int64, the causally visible entries of one head; sparsity (eq. 2) is
-        γ' = 1 - retained / visible.
-    """
-
-    scores: Tensor
-    retained: Tensor
-    visible: Tensor
-
-
-class Selection(NamedTuple):
-    """Kept positions of every segment, packed; a segment is one (layer, sequence, KV head).
-
-    indices: `[total_kept]` int32, positions within the sequence, ascending in each segment.
-        Entries behind the last segment are undefined.
-    cu_kept: `[num_segments + 1]` int32, where each segment starts; layer-major, then sequence,
-        then KV head.
-    """
-
-    indices: Tensor
-    cu_kept: Tensor
+from .types import PostVisionStats, Selection
 
 
 def post_vision_stats(
@@ -59,30 +32,7 @@ def post_vision_stats(
     row_reduction: str = "sum",
     group_reduction: str = "mean",
 ) -> PostVisionStats:
-    """Sparsity counts (eq. 1 and 2) and token scores ψ (recipe step 4) of one layer.
-
-    The causal mask is aligned bottom-right: the last query row sees every key of its sequence.
-    An entry passes the filter when its logit is within ln(threshold) of its row's maximum.
-    A left-padded batch is expressed by giving each run of pads a sequence of its own that has no
-    query rows.
-
-    Args:
-        q: `[total_q, num_heads, d]`, the post-vision rows only, packed, after RoPE.
-        k: `[total_k, num_kv_heads, d]`, or pages `[num_blocks, page_size, num_kv_heads, d]`.
-        cu_seqlens_q, cu_seqlens_k: `[num_seqs + 1]` int32. With pages, cu_seqlens_k places the
-            sequences in `scores` (width num_seqs * max_seqlen_k) and bounds their lengths.
-        max_seqlen_q, max_seqlen_k: host upper bounds of the lengths.
-        softmax_scale: default 1 / sqrt(d).
-        threshold: p of eq. 1.
-        seqused_k: `[num_seqs]` int32, live keys of each sequence; default all.
-        block_table: `[num_seqs, max_blocks]` int32, the pages of each sequence in order.
-        row_weights: `[total_q]` fp32, at least 0: what each row's attention counts in the scores.
-        row_reduction: "sum" or "max", of a key's attention over the rows of a query head.
-        group_reduction: "mean" or "max", of that over the query heads of a KV head.
-
-    Cost: O(total_q * total_k) time in two passes over k; no total_q x total_k matrix in memory
-    in the Triton twin.
-    """
+    """Sparsity counts and token scores of one layer: `score.post_vision_stats` (recipe step 4)."""
     num_heads, d = q.shape[1:]
     num_kv_heads = k.shape[-2]
     scale = d**-0.5 if softmax_scale is None else softmax_scale
@@ -123,20 +73,7 @@ def select_tokens(
     max_seqlen: int,
     total_kept: int | None = None,
 ) -> Selection:
-    """Keep the `recent` last tokens of each sequence and the Top-K of the rest (recipe step 5).
-
-    Ties go to the lower position; -0.0 equals 0.0. The result is the same on every run.
-
-    Args:
-        scores: `[..., num_kv_heads, total_k]` fp32 without NaN; leading dimensions are layers.
-        cu_seqlens: `[num_seqs + 1]` int32, where the sequences lie in total_k.
-        keep: `[..., num_seqs]` int32 on the device of scores, tokens to keep, recent ones
-            included; clamped to the sequence's length.
-        recent: like keep; clamped to keep.
-        max_seqlen: host upper bound of the lengths.
-        total_kept: host upper bound of Σ keep * num_kv_heads, the size of `indices`; default
-            scores.numel(). Budgets are exact, so callers know it without a sync.
-    """
+    """The recent window and the Top-K of the rest: `select.select_tokens` (recipe step 5)."""
     *leading, num_kv_heads, _ = scores.shape
     starts = cu_seqlens.tolist()
     num_seqs = len(starts) - 1
@@ -179,24 +116,7 @@ def compact_kv(
     block_table: Tensor | None = None,
     out_block_table: Tensor | None = None,
 ) -> None:
-    """Move the kept rows of one layer's K and V to the front of their segments of a ragged pool.
-
-    Segment s = (sequence, KV head) of the sources becomes varlen sequence s of the pool. Rows of
-    the pool behind a segment's kept rows (its head room) are not written.
-
-    Args:
-        k, v: `[total_k, num_kv_heads, d]`, or pages `[num_blocks, page_size, num_kv_heads, d]`.
-            The head sizes of k and v may differ.
-        cu_seqlens_k: `[num_seqs + 1]` int32; unused for pages.
-        indices, cu_kept: this layer's part of a Selection: cu_kept is
-            `[num_seqs * num_kv_heads + 1]` and may start above 0.
-        out_k, out_v: `[capacity, 1, d]`, or pages `[num_blocks, page_size, 1, d]`; must not
-            overlap the sources (see compact_kv_).
-        cu_seqlens_out: `[num_seqs * num_kv_heads + 1]` int32, segment starts; unused for pages.
-        max_kept: host upper bound of the kept tokens of a segment.
-        block_table: `[num_seqs, max_blocks]` int32, pages of the sources.
-        out_block_table: `[num_seqs * num_kv_heads, max_blocks]` int32, pages of the pool.
-    """
+    """Kept rows to the front of their segments of a ragged pool: `compact.compact_kv`."""
     num_kv_heads = k.shape[-2]
     bounds = cu_kept.tolist()
     for s in range(len(bounds) - 1):
@@ -219,11 +139,7 @@ def compact_kv_(
     max_kept: int,
     block_table: Tensor | None = None,
 ) -> None:
-    """Move the kept rows to the front of their own sequence, in place, each KV head on its own.
-
-    Arguments as for compact_kv. After it, logical row j of (sequence i, KV head h) holds kept
-    token j of segment i * num_kv_heads + h; rows behind are unchanged. Needs no second copy.
-    """
+    """Kept rows to the front of their own sequence, in place: `compact.compact_kv_`."""
     num_kv_heads = k.shape[-2]
     bounds = cu_kept.tolist()
     flat_k, flat_v = k.view(-1, *k.shape[-2:]), v.view(-1, *v.shape[-2:])
@@ -247,23 +163,7 @@ def sum_evicted(
     seqused_k: Tensor | None = None,
     block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Add up the live rows of one layer's K and V that are not kept, before anything moves.
-
-    Args:
-        k, v: `[total_k, num_kv_heads, d]`, or pages `[num_blocks, page_size, num_kv_heads, d]`.
-            The head sizes of k and v may differ.
-        cu_seqlens_k: `[num_seqs + 1]` int32. Starts alone are used with seqused_k; lengths alone
-            with pages, and nothing with both.
-        indices, cu_kept: this layer's part of a Selection, ascending in each segment: cu_kept is
-            `[num_seqs * num_kv_heads + 1]` and may start above 0.
-        max_seqlen_k: host upper bound of the live lengths.
-        seqused_k: `[num_seqs]` int32, live rows of each sequence; default all.
-        block_table: `[num_seqs, max_blocks]` int32.
-
-    Returns:
-        Sums of k and v, `[num_segments, n, d]` and `[num_segments, n, d_v]` fp32, which still have
-        to be added up along n (1 here).
-    """
+    """Sums of what is not kept: `remainder.sum_evicted`, with all in one partial sum."""
     num_kv_heads = k.shape[-2]
     bounds = cu_kept.tolist()
     num_segments = len(bounds) - 1
@@ -289,17 +189,7 @@ def store_means(
     *,
     out_block_table: Tensor | None = None,
 ) -> None:
-    """Write the mean of what was evicted as the first row of each segment of a ragged pool.
-
-    A segment whose count is 0 evicted nothing, and is left as it is.
-
-    Args:
-        sum_k, sum_v: `[num_segments, n, d]` (`d_v` for v) fp32, as `sum_evicted` gives them.
-        counts: `[num_segments]` int32, how many rows were added up.
-        out_k, out_v: `[capacity, 1, d]`, or pages `[num_blocks, page_size, 1, d]`.
-        cu_seqlens_out: `[num_segments + 1]` int32, whose starts alone are used; unused for pages.
-        out_block_table: `[num_segments, max_blocks]` int32, pages of the pool.
-    """
+    """Means of what was evicted as first rows: `remainder.store_means`."""
     segments = counts.nonzero()[:, 0]
     row = _rows(torch.zeros_like(segments), segments, cu_seqlens_out, out_block_table, out_k)
     for sums, out in ((sum_k, out_k), (sum_v, out_v)):
@@ -326,32 +216,7 @@ def varlen_decode(
     return_softmax_lse: bool = False,
     out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of few query rows over variable-length caches, as `flash_attn_varlen_func` 2.8.
-
-    Args:
-        q: `[total_q, num_heads, d]`.
-        k, v: `[total_k, num_kv_heads, d]` (`d_v` for v), or pages
-            `[num_blocks, page_size, num_kv_heads, d]`.
-        cu_seqlens_q, cu_seqlens_k: `[num_seqs + 1]` int32; with pages, cu_seqlens_k only bounds
-            the lengths where seqused_k is not given.
-        max_seqlen_q, max_seqlen_k: host upper bounds of the lengths.
-        softmax_scale: default 1 / sqrt(d).
-        causal: bottom-right aligned. False by default, as in flash-attn: several rows that continue
-            their sequence want True; one row sees all keys either way.
-        window_size: (left, right) keys visible round the aligned diagonal, -1 for no bound.
-        softcap: logits become tanh(logits / softcap) * softcap where it is above 0.
-        seqused_k: `[num_seqs]` int32, live keys of each sequence, on the device.
-        block_table: `[num_seqs, max_blocks]` int32.
-        first_key_bias: `[num_seqs * num_kv_heads]` fp32, for each sequence, then KV head: added to
-            the scaled (and capped) logit of the sequence's first key. Where that key is the mean of
-            n others (`store_means`), log(n) gives it their weight; 0 makes it one key like others.
-            Not with a left bound, which the first key would fall out of.
-        return_softmax_lse: also return the log-sum-exp, `[num_heads, total_q]` fp32, natural log.
-        out: `[total_q, num_heads, d_v]`, written where given.
-
-    Returns:
-        `[total_q, num_heads, d_v]` of q's dtype. A row that sees no key is 0 with lse -inf.
-    """
+    """Attention of few query rows over variable-length caches: `decode.varlen_decode`."""
     total_q, num_heads, d = q.shape
     num_kv_heads, d_v = v.shape[-2:]
     group = num_heads // num_kv_heads
@@ -407,20 +272,7 @@ def append_kv(
     *,
     block_table: Tensor | None = None,
 ) -> None:
-    """Write a step's K and V behind the live rows of each sequence and advance the lengths.
-
-    A row without room (at its segment's end, or past its block table) is dropped, and its length
-    still advances: the host sees to room before the step.
-
-    Args:
-        k, v: `[num_seqs, n, num_kv_heads, d]`, the step's n new rows of every sequence.
-        k_cache, v_cache: `[total_k, num_kv_heads, d]`, or pages
-            `[num_blocks, page_size, num_kv_heads, d]`; written in place.
-        cu_seqlens_k: `[num_seqs + 1]` int32, segment starts, head room included; unused for
-            pages.
-        seqused_k: `[num_seqs]` int32, live rows; advanced by n in place.
-        block_table: `[num_seqs, max_blocks]` int32.
-    """
+    """A step's K and V behind the live rows, and longer lengths: `append.append_kv`."""
     num_seqs, n = k.shape[:2]
     position = seqused_k.long()[:, None] + torch.arange(n, device=k.device)  # [num_seqs, n]
     if block_table is None:

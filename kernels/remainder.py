@@ -10,19 +10,12 @@ from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from .checks import (
-    expect,
-    expect_float,
-    expect_int32,
-    expect_paged_or_packed,
-    expect_same_device,
-    padded,
-)
-from .compact import source_arguments, validate_selection
-from .compact_kernels import INTEGERS, _rows_of
+from .checks import expect, expect_array, expect_per_sequence, expect_same_device
+from .compact import check_pool, check_selection, source_arguments
+from .launch import padded
+from .remainder_kernels import _store_means_kernel, _sum_evicted_kernel
 
 CHUNK = 256  # rows that one program adds up, so that one long prompt fills the GPU
 SUMS_BYTES = 8192  # of the sums that a program has for K, and as many for V
@@ -65,13 +58,13 @@ def sum_evicted(
         ValueError: an argument that does not fit the others, by name.
         NotImplementedError: a dtype that is not fp16, bf16 or fp32.
     """
-    num_segments = validate_selection(k, v, cu_seqlens_k, indices, cu_kept, block_table)
+    num_segments = check_selection(k, v, cu_seqlens_k, indices, cu_kept, block_table)
     num_seqs = num_segments // k.shape[-2]
     if seqused_k is not None:
         expect_same_device(k=k, seqused_k=seqused_k)
-        expect_int32("seqused_k", seqused_k, (num_seqs,))
+        expect_per_sequence(num_seqs, seqused_k=seqused_k)
     else:
-        expect_int32("cu_seqlens_k", cu_seqlens_k, (num_seqs + 1,))
+        expect_per_sequence(num_seqs, cu_seqlens_k=cu_seqlens_k)
     chunks = num_chunks(max_seqlen_k)
     sum_k, sum_v = (
         torch.empty(num_segments, chunks, x.shape[-1], dtype=torch.float32, device=k.device)
@@ -119,37 +112,16 @@ def store_means(
         ValueError: an argument that does not fit the others, by name.
         NotImplementedError: a dtype that is not fp16, bf16 or fp32.
     """
-    paged = out_block_table is not None
-    expect_same_device(
-        sum_k=sum_k,
-        sum_v=sum_v,
-        counts=counts,
-        out_k=out_k,
-        out_v=out_v,
-        cu_seqlens_out=cu_seqlens_out,
-        out_block_table=out_block_table,
-    )
-    for name, x, out in (("k", sum_k, out_k), ("v", sum_v, out_v)):
-        expect(x.dim() == 3, f"sum_{name}", f"shape {tuple(x.shape)}", "[num_segments, n, d]")
-        expect(x.dtype == torch.float32, f"sum_{name}", f"dtype {x.dtype}", "torch.float32")
-        expect(x.is_contiguous(), f"sum_{name}", f"strides {x.stride()}", "a contiguous tensor")
-        expect_paged_or_packed(f"out_{name}", out, paged)
-        expect_float(f"out_{name}", out)
-        shape = (1, x.shape[-1])
-        got = f"shape {tuple(out.shape)}"
-        expect(tuple(out.shape[-2:]) == shape, f"out_{name}", got, f"(..., {shape})")
-    num_segments, num_sums, d = sum_k.shape
-    same = sum_v.shape[:2] == sum_k.shape[:2]
-    expect(same, "sum_v", f"shape {tuple(sum_v.shape)}", f"({num_segments}, {num_sums}, d_v)")
-    expect_int32("counts", counts, (num_segments,))
-    if out_block_table is None:
-        expect_int32("cu_seqlens_out", cu_seqlens_out, (num_segments + 1,))
-    else:
-        shape = (num_segments, out_block_table.shape[-1])
-        expect_int32("out_block_table", out_block_table, shape)
+    expect(sum_k.dim() == 3, "sum_k", f"shape {tuple(sum_k.shape)}", "[num_segments, n, d]")
+    num_segments, _, d = sum_k.shape
+    d_v = sum_v.shape[-1]
+    for name, x in (("sum_k", sum_k), ("sum_v", sum_v)):
+        expect_array(name, x, (*sum_k.shape[:2], x.shape[-1]), torch.float32)
+    check_pool(num_segments, sum_k, sum_v, out_k, out_v, cu_seqlens_out, out_block_table)
+    expect_same_device(sum_k=sum_k, counts=counts)
+    expect_per_sequence(num_segments, counts=counts)
     if num_segments == 0:
         return
-    d_v = sum_v.shape[-1]
     widest = padded(max(d, d_v))
     with torch.cuda.device_of(out_k):
         _store_means_kernel[(num_segments,)](
@@ -160,7 +132,7 @@ def store_means(
             out_v_ptr=out_v,
             cu_seqlens_out_ptr=cu_seqlens_out,
             out_block_table_ptr=out_block_table,
-            num_sums=num_sums,
+            num_sums=sum_k.shape[1],
             out_max_blocks=0 if out_block_table is None else out_block_table.shape[1],
             stride_out_k=out_k.stride(0),  # of a page, or of a row
             stride_out_v=out_v.stride(0),
@@ -170,141 +142,3 @@ def store_means(
             ROWS=max(SUMS_BYTES // (4 * widest), 1),
             num_warps=4,
         )
-
-
-@triton.jit(
-    do_not_specialize=["num_kv_heads", "max_blocks"],
-    do_not_specialize_on_alignment=[*INTEGERS, "seqused_k_ptr"],
-)
-def _sum_evicted_kernel(
-    k_ptr,
-    v_ptr,
-    cu_seqlens_k_ptr,
-    indices_ptr,
-    cu_kept_ptr,
-    block_table_ptr,
-    num_kv_heads,
-    max_blocks,
-    stride_k_page,
-    stride_k_row,
-    stride_k_head,
-    stride_v_page,
-    stride_v_row,
-    stride_v_head,
-    seqused_k_ptr,
-    sum_k_ptr,  # [num_segments, num_chunks, d]
-    sum_v_ptr,  # [num_segments, num_chunks, d_v]
-    PAGE_SIZE: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_SIZE_V: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """The sums of one segment's evicted rows among CHUNK positions; 0 behind the live ones."""
-    segment, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    first = tl.load(cu_kept_ptr + segment)
-    kept = tl.load(cu_kept_ptr + segment + 1) - first
-    indices_ptr += first
-    seq, head = segment // num_kv_heads, segment % num_kv_heads
-    start = cu_seqlens_k_ptr + seq
-    if seqused_k_ptr is not None:
-        live = tl.load(seqused_k_ptr + seq)
-    else:
-        live = tl.load(start + 1) - tl.load(start)
-    if block_table_ptr is not None:
-        block_table_ptr += seq * max_blocks
-    k_ptr += head * stride_k_head
-    v_ptr += head * stride_v_head
-    begin = chunk * CHUNK
-    end = tl.minimum(begin + CHUNK, live)
-
-    # How many kept positions come before the chunk: they ascend.
-    before = tl.full((), 0, tl.int32)
-    most = kept
-    while before < most:
-        middle = (before + most) // 2
-        is_before = tl.load(indices_ptr + middle) < begin
-        before = tl.where(is_before, middle + 1, before)
-        most = tl.where(is_before, most, middle)
-
-    dims = tl.arange(0, D)
-    sum_k = tl.zeros((ROWS, D), tl.float32)
-    sum_v = tl.zeros((ROWS, D), tl.float32)
-    for position in range(begin, end, ROWS):
-        positions = position + tl.arange(0, ROWS)
-        ranks = before + tl.arange(0, ROWS)
-        next_kept = tl.load(indices_ptr + ranks, mask=ranks < kept, other=2**31 - 1)
-        is_kept = tl.max((next_kept[:, None] == positions[None, :]).to(tl.int32), 0)
-        before += tl.sum((next_kept < position + ROWS).to(tl.int32))
-        mask = (positions < end) & (is_kept == 0)
-        rows = _rows_of(
-            positions, mask, start, block_table_ptr, stride_k_page, stride_k_row, PAGE_SIZE
-        )
-        mask_k = mask[:, None] & (dims < HEAD_SIZE)[None, :]
-        sum_k += tl.load(k_ptr + rows[:, None] + dims[None, :], mask=mask_k, other=0.0)
-        rows = _rows_of(
-            positions, mask, start, block_table_ptr, stride_v_page, stride_v_row, PAGE_SIZE
-        )
-        mask_v = mask[:, None] & (dims < HEAD_SIZE_V)[None, :]
-        sum_v += tl.load(v_ptr + rows[:, None] + dims[None, :], mask=mask_v, other=0.0)
-    place = segment * tl.num_programs(1) + chunk
-    tl.store(sum_k_ptr + place * HEAD_SIZE + dims, tl.sum(sum_k, 0), mask=dims < HEAD_SIZE)
-    tl.store(sum_v_ptr + place * HEAD_SIZE_V + dims, tl.sum(sum_v, 0), mask=dims < HEAD_SIZE_V)
-
-
-@triton.jit
-def _mean(
-    sums_ptr,  # at the segment: [num_sums, HEAD_SIZE]
-    num_sums,
-    count,
-    HEAD_SIZE: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """`[D]`, the sums together by the count."""
-    rows, dims = tl.arange(0, ROWS), tl.arange(0, D)
-    total = tl.zeros((ROWS, D), tl.float32)
-    for i in range(0, num_sums, ROWS):
-        mask = (i + rows < num_sums)[:, None] & (dims < HEAD_SIZE)[None, :]
-        part = sums_ptr + (i + rows)[:, None] * HEAD_SIZE + dims[None, :]
-        total += tl.load(part, mask=mask, other=0.0)
-    return tl.sum(total, 0) / count.to(tl.float32)
-
-
-@triton.jit(
-    do_not_specialize=["num_sums", "out_max_blocks"],
-    do_not_specialize_on_alignment=["counts_ptr", "cu_seqlens_out_ptr", "out_block_table_ptr"],
-)
-def _store_means_kernel(
-    sum_k_ptr,  # [num_segments, num_sums, d]
-    sum_v_ptr,  # [num_segments, num_sums, d_v]
-    counts_ptr,  # [num_segments]
-    out_k_ptr,
-    out_v_ptr,
-    cu_seqlens_out_ptr,
-    out_block_table_ptr,
-    num_sums,
-    out_max_blocks,
-    stride_out_k,
-    stride_out_v,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_SIZE_V: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """The first row of one segment."""
-    segment = tl.program_id(0).to(tl.int64)
-    count = tl.load(counts_ptr + segment)
-    if count > 0:
-        if out_block_table_ptr is None:
-            place = tl.load(cu_seqlens_out_ptr + segment).to(tl.int64)
-        else:
-            place = tl.load(out_block_table_ptr + segment * out_max_blocks).to(tl.int64)
-        dims = tl.arange(0, D)
-        sums = sum_k_ptr + segment * num_sums * HEAD_SIZE
-        mean = _mean(sums, num_sums, count, HEAD_SIZE, D, ROWS).to(out_k_ptr.dtype.element_ty)
-        tl.store(out_k_ptr + place * stride_out_k + dims, mean, mask=dims < HEAD_SIZE)
-        sums = sum_v_ptr + segment * num_sums * HEAD_SIZE_V
-        mean = _mean(sums, num_sums, count, HEAD_SIZE_V, D, ROWS).to(out_v_ptr.dtype.element_ty)
-        tl.store(out_v_ptr + place * stride_out_v + dims, mean, mask=dims < HEAD_SIZE_V)

@@ -22,33 +22,12 @@ import torch
 import triton
 from torch import Tensor
 
-from .checks import (
-    expect,
-    expect_float,
-    expect_int32,
-    expect_same_device,
-    num_multiprocessors,
-    padded,
-)
-from .score_kernels import _column_kernel, _combine_kernel, _row_kernel
+from .checks import expect, expect_array, expect_per_sequence, expect_queries, expect_same_device
+from .launch import cache_arguments, num_multiprocessors, padded
+from .score_kernels import _column_kernel, _row_kernel, _row_stats_kernel
+from .types import PostVisionStats
 
-MAX_SPLITS = 128  # the combine kernel holds all splits of a row at once
-
-
-class PostVisionStats(NamedTuple):
-    """What the post-vision query rows say about the keys of one layer.
-
-    scores: `[num_kv_heads, total_k]` fp32, ψ: the attention that each key receives from the
-        query rows, summed over rows and averaged over the query heads of its KV head, or otherwise
-        reduced. 0 for rows that belong to no live key.
-    retained: `[num_seqs, num_heads]` int64, the entries that pass the ThresholdFilter.
-    visible: `[num_seqs]` int64, the causally visible entries of one head; sparsity (eq. 2) is
-        γ' = 1 - retained / visible.
-    """
-
-    scores: Tensor
-    retained: Tensor
-    visible: Tensor
+MAX_SPLITS = 128  # _row_stats_kernel holds all splits of a row at once
 
 
 class RowPass(NamedTuple):
@@ -175,14 +154,13 @@ def post_vision_stats(
         ValueError: an argument that does not fit the others, by name.
         NotImplementedError: a dtype that is not fp16, bf16 or fp32, or a head size above 256.
     """
-    _validate(q, k, cu_seqlens_q, cu_seqlens_k, softmax_scale, threshold, seqused_k, block_table)
-    _validate_reductions(q, row_weights, row_reduction, group_reduction)
+    _check(q, k, cu_seqlens_q, cu_seqlens_k, softmax_scale, threshold, seqused_k, block_table)
+    _check_reductions(q, row_weights, row_reduction, group_reduction)
     total_q, num_heads, d = q.shape
     num_kv_heads = k.shape[-2]
     group = num_heads // num_kv_heads
     num_seqs = cu_seqlens_q.shape[0] - 1
     scale = d**-0.5 if softmax_scale is None else softmax_scale
-    total_k = k.shape[0] if block_table is None else num_seqs * max_seqlen_k
     rows = row_pass_launch(
         d,
         q.element_size(),
@@ -195,65 +173,29 @@ def post_vision_stats(
     )
     columns = column_pass_launch(d, q.element_size(), group)
 
-    group_padded = triton.next_power_of_2(group)
-    num_rows = num_kv_heads * total_q * group_padded
-    device = q.device
-    scores = torch.zeros(num_kv_heads, total_k, dtype=torch.float32, device=device)
-    retained = torch.empty(num_seqs, num_heads, dtype=torch.int64, device=device)
-    visible = torch.empty(num_seqs, dtype=torch.int64, device=device)
-    # Maximum and sum of each split; then bound and log-sum-exp of each row.
-    partials = torch.empty(2, rows.num_splits, num_rows, dtype=torch.float32, device=device)
-    row_stats = torch.empty(2, num_rows, dtype=torch.float32, device=device)
-
+    total_k = k.shape[0] if block_table is None else num_seqs * max_seqlen_k
+    scores = torch.zeros(num_kv_heads, total_k, dtype=torch.float32, device=q.device)
+    retained = torch.empty(num_seqs, num_heads, dtype=torch.int64, device=q.device)
+    visible = torch.empty(num_seqs, dtype=torch.int64, device=q.device)
     shared = {
+        **cache_arguments(block_table, k=k),
         "q_ptr": q,
-        "k_ptr": k,
         "cu_seqlens_q_ptr": cu_seqlens_q,
         "cu_seqlens_k_ptr": cu_seqlens_k,
         "seqused_k_ptr": seqused_k,
-        "block_table_ptr": block_table,
         "retained_ptr": retained,
         "scale_log2": scale * math.log2(math.e),
         "total_q": total_q,
-        "max_blocks": 0 if block_table is None else block_table.shape[1],
         "stride_q_row": q.stride(0),
         "stride_q_head": q.stride(1),
-        "stride_k_page": 0 if block_table is None else k.stride(0),
-        "stride_k_row": k.stride(-3),
-        "stride_k_head": k.stride(-2),
-        "PAGE_SIZE": 1 if block_table is None else k.shape[1],
         "HEAD_SIZE": d,
         "D": padded(d),
         "GROUP": group,
-        "GROUP_PADDED": group_padded,
+        "GROUP_PADDED": triton.next_power_of_2(group),
     }
-    block = 32
+    margin = math.log(threshold) / scale  # in units of raw logits
     with torch.cuda.device_of(q):  # the model may lie on several devices
-        _row_kernel[(rows.num_row_blocks * rows.num_splits, num_kv_heads, num_seqs)](
-            **shared,
-            visible_ptr=visible,
-            partials_ptr=partials,
-            num_row_blocks=rows.num_row_blocks,
-            num_splits=rows.num_splits,
-            split_size=rows.split_size,
-            BLOCK_M=rows.BLOCK_M,
-            BLOCK_N=rows.BLOCK_N,
-            num_warps=rows.num_warps,
-            num_stages=rows.num_stages,
-        )
-        _combine_kernel[(triton.cdiv(num_rows, block),)](
-            partials_ptr=partials,
-            row_stats_ptr=row_stats,
-            scale_log2=scale * math.log2(math.e),
-            margin=math.log(threshold) / scale,
-            num_rows=num_rows,
-            num_splits=rows.num_splits,
-            MAX_SPLITS=MAX_SPLITS,
-            GROUP=group,
-            GROUP_PADDED=group_padded,
-            BLOCK=block,
-            num_warps=4,
-        )
+        row_stats = _row_pass(rows, shared, visible, margin)
         _column_kernel[(triton.cdiv(max_seqlen_k, columns.BLOCK_N), num_kv_heads, num_seqs)](
             **shared,
             row_stats_ptr=row_stats,
@@ -267,19 +209,37 @@ def post_vision_stats(
     return PostVisionStats(scores, retained, visible)
 
 
-def _validate_reductions(q, row_weights, row_reduction, group_reduction):
-    expect(row_reduction in ("sum", "max"), "row_reduction", repr(row_reduction), "sum or max")
-    known = group_reduction in ("mean", "max")
-    expect(known, "group_reduction", repr(group_reduction), "mean or max")
-    if row_weights is not None:
-        expect_same_device(q=q, row_weights=row_weights)
-        name, dtype, shape = "row_weights", row_weights.dtype, tuple(row_weights.shape)
-        expect(dtype == torch.float32, name, f"dtype {dtype}", "torch.float32")
-        expect(shape == (q.shape[0],), name, f"shape {shape}", f"({q.shape[0]},)")
-        expect(row_weights.is_contiguous(), name, f"strides {row_weights.stride()}", "contiguous")
+def _row_pass(plan: RowPass, shared: dict, visible: Tensor, margin: float) -> Tensor:
+    """`[2, num_rows]` fp32: the least logit of each row that passes, and its log2-sum-exp2."""
+    num_seqs, num_heads = shared["retained_ptr"].shape
+    num_kv_heads = num_heads // shared["GROUP"]
+    num_rows = num_kv_heads * shared["total_q"] * shared["GROUP_PADDED"]
+    # Maximum and sum of each split; then bound and log-sum-exp of each row.
+    partials = torch.empty(2, plan.num_splits, num_rows, dtype=torch.float32, device=visible.device)
+    row_stats = torch.empty(2, num_rows, dtype=torch.float32, device=visible.device)
+    _row_kernel[(plan.num_row_blocks * plan.num_splits, num_kv_heads, num_seqs)](
+        **shared, **plan._asdict(), visible_ptr=visible, partials_ptr=partials
+    )
+    block = 32
+    _row_stats_kernel[(triton.cdiv(num_rows, block),)](
+        partials_ptr=partials,
+        row_stats_ptr=row_stats,
+        scale_log2=shared["scale_log2"],
+        margin=margin,
+        num_rows=num_rows,
+        num_splits=plan.num_splits,
+        MAX_SPLITS=MAX_SPLITS,
+        GROUP=shared["GROUP"],
+        GROUP_PADDED=shared["GROUP_PADDED"],
+        BLOCK=block,
+        num_warps=4,
+    )
+    return row_stats
 
 
-def _validate(q, k, cu_seqlens_q, cu_seqlens_k, softmax_scale, threshold, seqused_k, block_table):
+def _check(
+    q, k, cu_seqlens_q, cu_seqlens_k, softmax_scale, threshold, seqused_k, block_table
+) -> None:
     expect_same_device(
         q=q,
         k=k,
@@ -288,27 +248,24 @@ def _validate(q, k, cu_seqlens_q, cu_seqlens_k, softmax_scale, threshold, sequse
         seqused_k=seqused_k,
         block_table=block_table,
     )
-    expect(q.dim() == 3, "q", f"shape {tuple(q.shape)}", "[total_q, num_heads, d]")
-    paged = block_table is not None
-    layout = "[num_blocks, page_size, num_kv_heads, d]" if paged else "[total_k, num_kv_heads, d]"
-    expect(k.dim() == (4 if paged else 3), "k", f"shape {tuple(k.shape)}", layout)
-    expect_float("q", q)
-    expect_float("k", k)
-    expect(k.dtype == q.dtype, "k", f"dtype {k.dtype}", f"{q.dtype}, as q")
-    num_heads, d = q.shape[1:]
-    if d > 256:
-        raise NotImplementedError(f"q: got head size {d}, expected at most 256")
-    expect(k.shape[-1] == d, "k", f"head size {k.shape[-1]}", f"{d}, as q")
-    multiple = k.shape[-2] > 0 and num_heads % k.shape[-2] == 0
-    expect(multiple, "k", f"{k.shape[-2]} heads", f"a divisor of q's {num_heads} heads")
-    num_seqs = cu_seqlens_q.shape[0] - 1
-    expect_int32("cu_seqlens_q", cu_seqlens_q, (num_seqs + 1,))
-    expect_int32("cu_seqlens_k", cu_seqlens_k, (num_seqs + 1,))
-    if seqused_k is not None:
-        expect_int32("seqused_k", seqused_k, (num_seqs,))
-    if paged:
-        expect_int32("block_table", block_table, (num_seqs, block_table.shape[-1]))
+    expect_queries(q, block_table, k=k)
+    expect_per_sequence(
+        cu_seqlens_q.shape[0] - 1,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        seqused_k=seqused_k,
+        block_table=block_table,
+    )
     # The filter compares raw logits, which a scale below 0 would turn round.
     positive = softmax_scale is None or softmax_scale > 0
     expect(positive, "softmax_scale", softmax_scale, "a number above 0")
     expect(0 < threshold <= 1, "threshold", threshold, "a number above 0 and at most 1")
+
+
+def _check_reductions(q, row_weights, row_reduction, group_reduction) -> None:
+    expect(row_reduction in ("sum", "max"), "row_reduction", repr(row_reduction), "sum or max")
+    known = group_reduction in ("mean", "max")
+    expect(known, "group_reduction", repr(group_reduction), "mean or max")
+    if row_weights is not None:
+        expect_same_device(q=q, row_weights=row_weights)
+        expect_array("row_weights", row_weights, (q.shape[0],), torch.float32)

@@ -238,7 +238,7 @@ def test_lengths_compile_nothing_new(device: torch.device, page_size: int | None
     a layer's lengths begin in those of all layers."""
 
     def compiled() -> int:
-        kernels = (decode_kernels._split_kernel, decode_kernels._combine_kernel)
+        kernels = (decode_kernels._split_kernel, decode_kernels._combine_splits_kernel)
         caches = (x.device_caches for x in (*kernels, append._append_kernel))
         return sum(len(cache[device.index or 0][0]) for cache in caches)
 

@@ -10,7 +10,6 @@ from support import Operators, Recorder, cumulative, random_varlen
 
 from vlcache_triton.kernels import append, decode
 from vlcache_triton.kernels.append import append_kv
-from vlcache_triton.kernels.checks import padded
 from vlcache_triton.kernels.decode import (
     MAX_SEQLEN_Q,
     DecodeLaunch,
@@ -18,6 +17,7 @@ from vlcache_triton.kernels.decode import (
     decode_workspace,
     varlen_decode,
 )
+from vlcache_triton.kernels.launch import padded
 
 H100 = 132  # multiprocessors
 LENGTHS = (0, 1, 63, 64, 65, 111, 2000, 2048, 32768, 131072, 10**6, 2**31 - 1)
@@ -147,7 +147,7 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorder]:
     recorders = {}
     for module, name in (
         (decode, "_split_kernel"),
-        (decode, "_combine_kernel"),
+        (decode, "_combine_splits_kernel"),
         (append, "_append_kernel"),
     ):
         recorders[name] = Recorder()
@@ -185,7 +185,7 @@ def test_the_host_reads_and_allocates_nothing(
     assert set(operators.names) <= {"slice.Tensor"}
     assert recorders["_append_kernel"].grids == [(5,)]
     assert recorders["_split_kernel"].grids == [(5 * 2, 2)]
-    assert recorders["_combine_kernel"].grids == [(5 * 8, 1)]
+    assert recorders["_combine_splits_kernel"].grids == [(5 * 8, 1)]
 
 
 HALF = torch.float16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vlcache_triton.kernels.checks import padded
+from vlcache_triton.kernels.launch import padded
 from vlcache_triton.kernels.score import MAX_SPLITS, RowPass, column_pass_launch, row_pass_launch
 from vlcache_triton.kernels.select import select_launch
 

@@ -395,7 +395,7 @@ def test_lengths_compile_nothing_new(device: torch.device) -> None:
     """Only the head size, the group, the dtype and a choice of two row blocks may compile anew."""
 
     def compiled() -> int:
-        kernels = (score._row_kernel, score._combine_kernel, score._column_kernel)
+        kernels = (score._row_kernel, score._row_stats_kernel, score._column_kernel)
         return sum(len(kernel.device_caches[device.index or 0][0]) for kernel in kernels)
 
     run(post_vision_stats, random_varlen([17], [64], device=device))

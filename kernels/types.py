@@ -1,0 +1,38 @@
+"""What the operations give, and the one limit that their callers plan by."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+MAX_SEQLEN_Q = 16  # query rows of a sequence that varlen_decode takes at once
+
+
+class PostVisionStats(NamedTuple):
+    """What the post-vision query rows say about the keys of one layer.
+
+    scores: `[num_kv_heads, total_k]` fp32, ψ: the attention that each key receives from the
+        query rows, summed over rows and averaged over the query heads of its KV head, or otherwise
+        reduced. 0 for rows that belong to no live key.
+    retained: `[num_seqs, num_heads]` int64, the entries that pass the ThresholdFilter.
+    visible: `[num_seqs]` int64, the causally visible entries of one head; sparsity (eq. 2) is
+        γ' = 1 - retained / visible.
+    """
+
+    scores: Tensor
+    retained: Tensor
+    visible: Tensor
+
+
+class Selection(NamedTuple):
+    """Kept positions of every segment, packed; a segment is one (layer, sequence, KV head).
+
+    indices: `[total_kept]` int32, positions within the sequence, ascending in each segment.
+        Entries behind the last segment are undefined.
+    cu_kept: `[num_segments + 1]` int32, where each segment starts; layer-major, then sequence,
+        then KV head.
+    """
+
+    indices: Tensor
+    cu_kept: Tensor
