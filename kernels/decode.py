@@ -8,7 +8,7 @@ be captured in a CUDA graph and replayed while the lengths change.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -168,7 +168,7 @@ def varlen_decode(
         max_keys = min(max_keys, block_table.shape[1] * k.shape[1])
     scale = (d**-0.5 if softmax_scale is None else softmax_scale) * math.log2(math.e)
     left, right = window_size[0], 0 if causal else window_size[1]
-    shared = {  # by both kernels
+    shared: dict[str, Any] = {  # by both kernels
         "cu_seqlens_q_ptr": cu_seqlens_q,
         "cu_seqlens_k_ptr": cu_seqlens_k,
         "seqused_k_ptr": seqused_k,
@@ -206,8 +206,8 @@ def varlen_decode(
 
 def _launch(
     plan: DecodeLaunch,
-    split: dict[str, object],
-    shared: dict[str, object],
+    split: dict[str, Any],
+    shared: dict[str, Any],
     out: Tensor,
     lse: Tensor | None,
     workspace: Tensor | None,

@@ -26,7 +26,7 @@ def _attend(
     k_ptr,  # at the KV head
     v_ptr,
     block_table_ptr,
-    start_k,
+    start,  # of the sequence, as sequence_start has it
     begin,
     end,
     n_k,
@@ -52,13 +52,11 @@ def _attend(
     BLOCK_N: tl.constexpr,
 ):
     """What the rows have seen, with the keys from begin to end. Long by what it is told."""
-    for start in range(begin, end, BLOCK_N):
-        keys = start + tl.arange(0, BLOCK_N)
+    for key in range(begin, end, BLOCK_N):
+        keys = key + tl.arange(0, BLOCK_N)
         live = keys < n_k if MASKED else None
-        at_k = row_offsets(
-            keys, live, start_k, block_table_ptr, stride_k_page, stride_k_row, PAGE_SIZE
-        )
-        k = load_rows(k_ptr, at_k, live, HEAD_SIZE, D)
+        at = row_offsets(keys, live, start, block_table_ptr, stride_k_page, stride_k_row, PAGE_SIZE)
+        k = load_rows(k_ptr, at, live, HEAD_SIZE, D)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee")
         if SOFTCAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1), finite at both ends
             logits = 1.0 - 2.0 / (tl.exp2(logits * scale_log2) + 1.0)
@@ -82,10 +80,8 @@ def _attend(
         correction = tl.exp2(row_max - shift)
         row_sum = row_sum * correction + tl.sum(weights, 1)
         row_max = new_max
-        at_v = row_offsets(
-            keys, live, start_k, block_table_ptr, stride_v_page, stride_v_row, PAGE_SIZE
-        )
-        v = load_rows(v_ptr, at_v, live, HEAD_SIZE_V, D_V)
+        at = row_offsets(keys, live, start, block_table_ptr, stride_v_page, stride_v_row, PAGE_SIZE)
+        v = load_rows(v_ptr, at, live, HEAD_SIZE_V, D_V)
         acc = acc * correction[:, None]
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
     return row_max, row_sum, acc
@@ -166,7 +162,7 @@ def _split_kernel(
     end = tl.minimum(begin + split_size, n_k)
 
     if (row_block * BLOCK_M < n_q * GROUP) & ((begin < n_k) | DIRECT):
-        start_k = sequence_start(seq, cu_seqlens_k_ptr, block_table_ptr, max_blocks)
+        start = sequence_start(seq, cu_seqlens_k_ptr, block_table_ptr, max_blocks)
         rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
         tokens, heads = rows // GROUP, rows % GROUP
         live_rows = tokens < n_q
@@ -203,7 +199,7 @@ def _split_kernel(
                 k_ptr + head * stride_k_head,
                 v_ptr + head * stride_v_head,
                 block_table_ptr,
-                start_k,
+                start,
                 full if masked else begin,
                 end if masked else full,
                 n_k,

@@ -25,7 +25,7 @@ def cache_arguments(block_table: Tensor | None, **caches: Tensor) -> dict[str, o
     first = next(iter(caches.values()))
     arguments: dict[str, object] = {
         "block_table_ptr": block_table,
-        "max_blocks": block_table.shape[1] if paged else 0,
+        "max_blocks": 0 if block_table is None else block_table.shape[1],
         "PAGE_SIZE": first.shape[1] if paged else 1,
     }
     for name, x in caches.items():

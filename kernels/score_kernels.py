@@ -15,49 +15,6 @@ def _lengths(seq, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seqused_k_ptr):
     return start_q, n_q, live_length(seq, cu_seqlens_k_ptr, seqused_k_ptr, True)
 
 
-@triton.jit
-def _row_block(
-    q,  # [BLOCK_M, D]
-    row_max,  # [BLOCK_M], of the raw logits so far
-    row_sum,  # [BLOCK_M]
-    k_ptr,  # at the KV head
-    block_table_ptr,
-    start_k,
-    begin,
-    end,
-    n_k,
-    last_key,  # [BLOCK_M], that each row sees
-    scale_log2,
-    stride_k_page,
-    stride_k_row,
-    PAGE_SIZE: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    D: tl.constexpr,
-    MASKED: tl.constexpr,  # whether some row may not see some key
-    BLOCK_N: tl.constexpr,
-):
-    """Maximum and normaliser of the rows, with the keys from begin to end."""
-    for start in range(begin, end, BLOCK_N):
-        keys = start + tl.arange(0, BLOCK_N)
-        live = keys < n_k
-        at_k = row_offsets(
-            keys, live, start_k, block_table_ptr, stride_k_page, stride_k_row, PAGE_SIZE
-        )
-        k = load_rows(k_ptr, at_k, live, HEAD_SIZE, D)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-        if MASKED:
-            logits = tl.where(keys[None, :] <= last_key[:, None], logits, -float("inf"))
-        new_max = tl.maximum(row_max, tl.max(logits, 1))
-        shift = new_max
-        if MASKED:  # a row that has seen no key yet: exp2(-inf - 0) is 0, not NaN
-            shift = tl.where(new_max == -float("inf"), 0.0, new_max)
-        # An explicit fma, as Triton fuses by itself up to 3.9 only.
-        weights = tl.exp2(tl.fma(logits, scale_log2, -(shift * scale_log2)[:, None]))
-        row_sum = row_sum * tl.exp2((row_max - shift) * scale_log2) + tl.sum(weights, 1)
-        row_max = new_max
-    return row_max, row_sum
-
-
 @triton.jit(
     do_not_specialize=["total_q", "max_blocks", "num_row_blocks", "num_splits", "split_size"],
     launch_metadata=profiling.score_rows,
@@ -107,12 +64,13 @@ def _row_kernel(
             tl.store(visible_ptr + seq, seeing * (n_k - seeing) + seeing * (seeing + 1) // 2)
 
     if (row_block * BLOCK_M < n_q * GROUP) & (n_k > 0):
-        start_k = sequence_start(seq, cu_seqlens_k_ptr, block_table_ptr, max_blocks)
+        start = sequence_start(seq, cu_seqlens_k_ptr, block_table_ptr, max_blocks)
         rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
         tokens, heads = rows // GROUP, rows % GROUP
         live = tokens < n_q
         at_q = (start_q + tokens).to(tl.int64) * stride_q_row + heads.to(tl.int64) * stride_q_head
         q = load_rows(q_ptr + head * GROUP * stride_q_head, at_q, live, HEAD_SIZE, D)
+        last_key = n_k - n_q + tokens
         seen_by_all = tl.maximum(n_k - n_q + row_block * BLOCK_M // GROUP + 1, 0)
         begin = split * split_size
         end = tl.minimum(begin + split_size, n_k)
@@ -121,26 +79,24 @@ def _row_kernel(
         row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
         for masked in tl.static_range(2):  # keys that all rows see, then the others
-            row_max, row_sum = _row_block(
-                q,
-                row_max,
-                row_sum,
-                k_ptr + head * stride_k_head,
-                block_table_ptr,
-                start_k,
-                full if masked else begin,
-                end if masked else full,
-                n_k,
-                n_k - n_q + tokens,
-                scale_log2,
-                stride_k_page,
-                stride_k_row,
-                PAGE_SIZE,
-                HEAD_SIZE,
-                D,
-                masked,
-                BLOCK_N,
-            )
+            for key in range(full if masked else begin, end if masked else full, BLOCK_N):
+                keys = key + tl.arange(0, BLOCK_N)
+                live_keys = keys < n_k
+                at = row_offsets(
+                    keys, live_keys, start, block_table_ptr, stride_k_page, stride_k_row, PAGE_SIZE
+                )
+                k = load_rows(k_ptr + head * stride_k_head, at, live_keys, HEAD_SIZE, D)
+                logits = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+                if masked:
+                    logits = tl.where(keys[None, :] <= last_key[:, None], logits, -float("inf"))
+                new_max = tl.maximum(row_max, tl.max(logits, 1))
+                shift = new_max
+                if masked:  # a row that has seen no key yet: exp2(-inf - 0) is 0, not NaN
+                    shift = tl.where(new_max == -float("inf"), 0.0, new_max)
+                # An explicit fma, as Triton fuses by itself up to 3.9 only.
+                weights = tl.exp2(tl.fma(logits, scale_log2, -(shift * scale_log2)[:, None]))
+                row_sum = row_sum * tl.exp2((row_max - shift) * scale_log2) + tl.sum(weights, 1)
+                row_max = new_max
 
         # num_rows = num_kv_heads * total_q * GROUP_PADDED, in that order
         num_rows = tl.num_programs(1).to(tl.int64) * total_q * GROUP_PADDED
@@ -183,72 +139,6 @@ def _row_stats_kernel(
     tl.store(row_stats_ptr + num_rows + rows, lse, mask=rows < num_rows)
 
 
-@triton.jit
-def _column_block(
-    k,  # [BLOCK_N, D]
-    column,  # [BLOCK_N] so far, or [BLOCK_N, GROUP_PADDED] where maxima are asked for
-    counts,  # [BLOCK_N, GROUP_PADDED], entries that have passed
-    q_ptr,  # at the group's first head
-    bounds,  # row stats of the sequence and KV head: see _row_stats_kernel
-    lses,
-    row_weights_ptr,  # at the sequence, or None
-    start_q,
-    n_q,
-    begin,  # rows as _column_kernel has them: [full, tail), else [begin, full) and [tail, end)
-    full,
-    tail,
-    end,
-    diagonal,  # [BLOCK_N], the first token that sees each key
-    scale_log2,
-    stride_q_row,
-    stride_q_head,
-    HEAD_SIZE: tl.constexpr,
-    D: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUP_PADDED: tl.constexpr,
-    ROW_MAX: tl.constexpr,
-    BY_HEAD: tl.constexpr,
-    MASKED: tl.constexpr,  # whether some row may not see some key
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Scores and counts of the keys, with BLOCK_M rows after BLOCK_M rows."""
-    rows = tl.arange(0, BLOCK_M)
-    tokens, heads = rows // GROUP_PADDED, rows % GROUP_PADDED
-    for i in range(0, (full - begin) + (end - tail) if MASKED else tail - full, BLOCK_M):
-        start = full + i
-        if MASKED:
-            start = tl.where(begin + i < full, begin + i, begin + i + (tail - full))
-        token = start // GROUP_PADDED
-        live = tokens < n_q - token if MASKED else tokens >= 0
-        q = load_rows(
-            q_ptr + (start_q + token).to(tl.int64) * stride_q_row,
-            tokens.to(tl.int64) * stride_q_row + heads.to(tl.int64) * stride_q_head,
-            live & (heads < GROUP) if GROUP < GROUP_PADDED else live,
-            HEAD_SIZE,
-            D,
-        )
-        bound = tl.load(bounds + start + rows, mask=live, other=float("inf"))
-        lse = tl.load(lses + start + rows, mask=live, other=float("inf"))
-        logits = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
-        if MASKED:
-            seen = diagonal[:, None] <= (token + tokens)[None, :]
-            logits = tl.where(seen, logits, -float("inf"))
-        attention = tl.exp2(tl.fma(logits, scale_log2, -lse[None, :]))
-        if row_weights_ptr is not None:
-            weights = tl.load(row_weights_ptr + start_q + token + tokens, mask=live, other=0.0)
-            attention = attention * weights[None, :]
-        if BY_HEAD:  # none is below 0, so that 0 is where a maximum may start
-            attention = attention.reshape(BLOCK_N, BLOCK_M // GROUP_PADDED, GROUP_PADDED)
-        if ROW_MAX:
-            column = tl.maximum(column, tl.max(attention, 1))
-        else:
-            column += tl.sum(attention, 1)
-        passes = (logits >= bound[None, :]).to(tl.int32)
-        counts += tl.sum(passes.reshape(BLOCK_N, BLOCK_M // GROUP_PADDED, GROUP_PADDED), 1)
-    return column, counts
-
-
 @triton.jit(
     do_not_specialize=["total_q", "max_blocks", "total_k"],
     launch_metadata=profiling.score_columns,
@@ -284,19 +174,21 @@ def _column_kernel(
     SMALL_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Scores of BLOCK_N keys of one KV head, and how many of their entries pass the filter."""
+    """Scores of BLOCK_N keys of one KV head, and how many of their entries pass the filter.
+
+    Over 100 lines by its arguments: an inner function would have to be told as many again.
+    """
     head, seq = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     num_heads = tl.num_programs(1) * GROUP
     start_q, n_q, n_k = _lengths(seq, cu_seqlens_q_ptr, cu_seqlens_k_ptr, seqused_k_ptr)
     first_key = tl.program_id(0) * BLOCK_N
     if (first_key < n_k) & (n_q > 0):
-        start_k = sequence_start(seq, cu_seqlens_k_ptr, block_table_ptr, max_blocks)
+        start = sequence_start(seq, cu_seqlens_k_ptr, block_table_ptr, max_blocks)
         keys = first_key + tl.arange(0, BLOCK_N)
-        live = keys < n_k
-        at_k = row_offsets(
-            keys, live, start_k, block_table_ptr, stride_k_page, stride_k_row, PAGE_SIZE
+        at = row_offsets(
+            keys, keys < n_k, start, block_table_ptr, stride_k_page, stride_k_row, PAGE_SIZE
         )
-        k = load_rows(k_ptr + head * stride_k_head, at_k, live, HEAD_SIZE, D)
+        k = load_rows(k_ptr + head * stride_k_head, at, keys < n_k, HEAD_SIZE, D)
         # Row i sees the keys up to n_k - n_q + i. The rows between `full` and `tail`, in whole
         # blocks, see all of these keys and need no mask; the others go by in smaller blocks.
         sees_first = tl.maximum(first_key - (n_k - n_q), 0) * GROUP_PADDED
@@ -307,40 +199,52 @@ def _column_kernel(
         tail = full + tl.maximum(n_q * GROUP_PADDED - full, 0) // BLOCK_M * BLOCK_M
 
         bounds = row_stats_ptr + (head * total_q + start_q) * GROUP_PADDED
+        q_ptr += head * GROUP * stride_q_head
         lses = bounds + tl.num_programs(1).to(tl.int64) * total_q * GROUP_PADDED
         # Attention over rows: of all heads of the group together where only sums are asked for.
         BY_HEAD: tl.constexpr = ROW_MAX or GROUP_MAX
         column = tl.zeros((BLOCK_N, GROUP_PADDED) if BY_HEAD else (BLOCK_N,), tl.float32)
         counts = tl.zeros((BLOCK_N, GROUP_PADDED), tl.int32)
         for masked in tl.static_range(2):
-            column, counts = _column_block(
-                k,
-                column,
-                counts,
-                q_ptr + head * GROUP * stride_q_head,
-                bounds,
-                lses,
-                row_weights_ptr,
-                start_q,
-                n_q,
-                begin,
-                full,
-                tail,
-                end,
-                keys - (n_k - n_q),
-                scale_log2,
-                stride_q_row,
-                stride_q_head,
-                HEAD_SIZE,
-                D,
-                GROUP,
-                GROUP_PADDED,
-                ROW_MAX,
-                BY_HEAD,
-                masked,
-                SMALL_M if masked else BLOCK_M,
-                BLOCK_N,
-            )
+            rows = tl.arange(0, SMALL_M if masked else BLOCK_M)
+            tokens, heads = rows // GROUP_PADDED, rows % GROUP_PADDED
+            length = (full - begin) + (end - tail) if masked else tail - full
+            for i in range(0, length, SMALL_M if masked else BLOCK_M):
+                row = full + i
+                if masked:
+                    row = tl.where(begin + i < full, begin + i, begin + i + (tail - full))
+                token = row // GROUP_PADDED
+                live = tokens < n_q - token if masked else tokens >= 0
+                q = load_rows(
+                    q_ptr + (start_q + token).to(tl.int64) * stride_q_row,
+                    tokens.to(tl.int64) * stride_q_row + heads.to(tl.int64) * stride_q_head,
+                    live & (heads < GROUP) if GROUP < GROUP_PADDED else live,
+                    HEAD_SIZE,
+                    D,
+                )
+                bound = tl.load(bounds + row + rows, mask=live, other=float("inf"))
+                lse = tl.load(lses + row + rows, mask=live, other=float("inf"))
+                logits = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+                if masked:
+                    last_key = n_k - n_q + token + tokens
+                    logits = tl.where(keys[:, None] <= last_key[None, :], logits, -float("inf"))
+                attention = tl.exp2(tl.fma(logits, scale_log2, -lse[None, :]))
+                if row_weights_ptr is not None:
+                    weights = tl.load(
+                        row_weights_ptr + start_q + token + tokens, mask=live, other=0.0
+                    )
+                    attention = attention * weights[None, :]
+                if BY_HEAD:  # none is below 0, so that 0 is where a maximum may start
+                    attention = attention.reshape(
+                        BLOCK_N, rows.shape[0] // GROUP_PADDED, GROUP_PADDED
+                    )
+                if ROW_MAX:
+                    column = tl.maximum(column, tl.max(attention, 1))
+                else:
+                    column += tl.sum(attention, 1)
+                passes = (logits >= bound[None, :]).to(tl.int32)
+                passes = passes.reshape(BLOCK_N, rows.shape[0] // GROUP_PADDED, GROUP_PADDED)
+                counts += tl.sum(passes, 1)
 
         if GROUP_MAX:
             column = tl.max(column, 1)
