@@ -105,8 +105,7 @@ def compact_kv_(
     Arguments as for compact_kv. After it, logical row j of (sequence i, KV head h) holds kept
     token j of segment i * num_kv_heads + h; rows behind are unchanged. Needs no second copy.
 
-    For engines whose caches stay where they are and get shorter. Our adapters pack into a pool of
-    their own instead, and do not call this.
+    For engines whose caches get shorter where they are: no adapter of ours calls it.
 
     Cost: a program walks a whole segment, as a tile may only move when those before it have. So
     K and V and their columns, 64 bytes each, go to programs of their own.

@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from vlcache_triton.kernels.reference import PostVisionStats
+from vlcache_triton.kernels.types import PostVisionStats
 from vlcache_triton.recipe.config import VLCacheConfig
 from vlcache_triton.recipe.plan import layer_scores
 from vlcache_triton.recipe.prompt import Prompt

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..kernels.reference import PostVisionStats
+from ..kernels.types import PostVisionStats
 from ..ops import Backend
 from ..recipe.config import VLCacheConfig
 from ..recipe.plan import CompressionPlan, make_plan, whole_plan

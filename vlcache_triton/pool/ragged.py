@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.types import MAX_SEQLEN_Q
 from ..ops import Backend, get_backend
 from ..recipe.plan import CompressionPlan
 
-MAX_DECODE_ROWS = 16  # query rows that varlen_decode takes at once
 ROWS_AT_ONCE = 256  # of a long turn; bounds its attention mask
 GROWTH = 128  # rows that full segments grow by, at least
 
@@ -183,7 +183,7 @@ class RaggedCache:
         """
         num_seqs, num_heads, n, d = q.shape
         segments, group = num_seqs * self.num_kv_heads, num_heads // self.num_kv_heads
-        if n > MAX_DECODE_ROWS:
+        if n > MAX_SEQLEN_Q:
             out = self._attend_turn(layer, q.reshape(segments, group, n, d), softmax_scale)
             return out.reshape(num_seqs, num_heads, n, -1).transpose(1, 2).contiguous()
         rows = q.reshape(segments, group, n, d).transpose(1, 2).reshape(segments * n, group, d)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlcache_triton.integrations.transformers.cache import VLCache, VLCacheLayer
-from vlcache_triton.kernels.reference import PostVisionStats
+from vlcache_triton.kernels.types import PostVisionStats
 from vlcache_triton.ops import get_backend
 from vlcache_triton.pool.compress import PromptCompressor, move_layer
 from vlcache_triton.pool.ragged import RaggedCache
