@@ -5,13 +5,11 @@
 asks for the attention backend "vlcache".
 """
 
-BACKEND_NAME = "vlcache"
-
-__all__ = ["BACKEND_NAME", "register"]
+__all__ = ["register"]
 
 
 def register() -> None:
     """What SGLang calls in each of its processes before it reads the command line."""
-    from .hooks import register_hooks
+    from .plugin import register as register_plugin
 
-    register_hooks()
+    register_plugin()

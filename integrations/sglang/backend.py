@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,39 +17,12 @@ from vlcache_triton.ops import get_backend
 from .block_table import PackedLayout, fill_block_table
 from .fitting import describe_fit
 from .graphs import graph_widths, width_of
-from .index_only import KeptPositions, sparse_table
 from .measure import Measurement, ending_prompts, plan_measurement, plan_prompts
 from .packing import pack_prompts
 from .pool import OneTensorKVPool
 from .prompts import PromptTable, TrackedPrompt
 from .ranks import Ranks
-from .settings import Settings, read_settings
-from .state import set_table
-from .support import check_server, check_version
-
-logger = logging.getLogger(__name__)
-
-
-def create_backend(runner: Any) -> VLCacheAttnBackend:
-    """What SGLang calls for `--attention-backend vlcache`, once the model is loaded.
-
-    Raises:
-        ValueError, NotImplementedError, RuntimeError: with a sentence, where it cannot serve.
-    """
-    from .hooks import check_hooks
-
-    check_version()
-    settings = read_settings(os.environ)
-    check_hooks()
-    check_server(runner)
-    if not runner.model_config.is_generation:
-        logger.info("vlcache: an embedding model does not decode, so nothing is compressed.")
-        settings = replace(settings, config=replace(settings.config, budget=1.0))
-    backend = VLCacheAttnBackend(runner, settings)
-    logger.info(settings.describe())
-    if settings.pack and not settings.config.is_lossless:
-        logger.info(backend.describe_fit(runner))
-    return backend
+from .settings import Settings
 
 
 @dataclass(frozen=True)
@@ -89,30 +60,25 @@ class VLCacheAttnBackend(TritonAttnBackend):
         self.settings = settings
         self.num_layers = runner.model_config.num_hidden_layers
         self.ops = get_backend(settings.kernels, torch.device(runner.device))
-        self.table = PromptTable(settings.config, self.num_layers, settings.pack)
+        self.table = PromptTable(settings.config, self.num_layers)
         self.table.graph_widths = graph_widths(self._max_context())
         self.ranks = _ranks(runner.model_config)
-        self.kept: dict[str, KeptPositions] = {}  # VLCACHE_PACK=0
         self.measurement: Measurement | None = None
         self.ending: list[TrackedPrompt] = []
         self.step: DecodeStep | None = None
-        pool, num_rows = self.token_to_kv_pool, len(self.req_to_token)
-        if settings.pack:
-            if not isinstance(pool, OneTensorKVPool) or not hasattr(pool, "flat"):
-                raise NotImplementedError(
-                    f"--attention-backend vlcache: got a KV pool of {type(pool).__name__}, expected"
-                    " SGLang's plain one; VLCACHE_PACK=0 decodes sparsely on any other"
-                )
-            if len(pool.flat) >= 2**31:
-                raise NotImplementedError(
-                    f"--attention-backend vlcache: got {len(pool.flat)} KV rows, expected fewer"
-                    " than 2**31; lower --max-total-tokens"
-                )
-            device = pool.flat.device
-            self.layout = PackedLayout.empty(self.num_layers, num_rows, device)
-        else:
-            self.needs_cpu_seq_lens = True
-        set_table(self.table)
+        pool = self.token_to_kv_pool
+        if not isinstance(pool, OneTensorKVPool) or not hasattr(pool, "flat"):
+            raise NotImplementedError(
+                f"--attention-backend vlcache: got a KV pool of {type(pool).__name__}, expected"
+                " SGLang's plain one"
+            )
+        if len(pool.flat) >= 2**31:
+            raise NotImplementedError(
+                f"--attention-backend vlcache: got {len(pool.flat)} KV rows, expected fewer"
+                " than 2**31; lower --max-total-tokens"
+            )
+        num_rows = len(self.req_to_token)
+        self.layout = PackedLayout.empty(self.num_layers, num_rows, pool.flat.device)
 
     # ---- what SGLang calls before a forward
 
@@ -120,15 +86,13 @@ class VLCacheAttnBackend(TritonAttnBackend):
         self.measurement, self.ending, self.step = None, [], None
         mode = forward_batch.forward_mode
         if mode.is_decode():
-            if self.settings.pack:
-                width = self._longest(forward_batch)
-                self.step = DecodeStep.empty(forward_batch.batch_size, width, self.device)
+            width = self._longest(forward_batch)
+            self.step = DecodeStep.empty(forward_batch.batch_size, width, self.device)
             return
         super().init_forward_metadata(forward_batch)
         if not mode.is_extend():
             return
-        if self.settings.pack:
-            self.layout.reset(forward_batch.req_pool_indices)
+        self.layout.reset(forward_batch.req_pool_indices)
         if forward_batch.rids is not None:  # None: a warm-up batch
             chunks = (
                 forward_batch.rids,
@@ -140,11 +104,6 @@ class VLCacheAttnBackend(TritonAttnBackend):
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Tables at fixed addresses. Every captured step uses the front of the same ones."""
-        if not self.settings.pack:
-            raise NotImplementedError(
-                "--attention-backend vlcache: VLCACHE_PACK=0 builds its tables on the host;"
-                " start the server with --disable-cuda-graph"
-            )
         self._graph_step = DecodeStep.empty(max_bs, self._max_context(), self.device)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
@@ -190,11 +149,6 @@ class VLCacheAttnBackend(TritonAttnBackend):
         if save_kv_cache:
             location = KVWriteLoc.for_batch(forward_batch)
             self._set_kv_buffer(forward_batch, layer, location, k, v)
-        q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        attend = self._decode_packed if self.settings.pack else self._decode_in_place
-        return attend(q, layer, forward_batch).view(len(q), -1)
-
-    def _decode_packed(self, q: Tensor, layer: Any, forward_batch: Any) -> Tensor:
         step, pool = self.step, self.token_to_kv_pool
         assert step is not None, "a decode without init_forward_metadata"
         fill_block_table(
@@ -207,8 +161,8 @@ class VLCacheAttnBackend(TritonAttnBackend):
             step.block_table,
             step.seqused_k,
         )
-        return self.ops.varlen_decode(
-            q,
+        out = self.ops.varlen_decode(
+            q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim),
             pool.flat[: -pool.num_rows, None],
             pool.flat[pool.num_rows :, None],
             step.cu_seqlens,
@@ -219,31 +173,7 @@ class VLCacheAttnBackend(TritonAttnBackend):
             seqused_k=step.seqused_k,
             block_table=step.block_table,
         )
-
-    def _decode_in_place(self, q: Tensor, layer: Any, forward_batch: Any) -> Tensor:
-        num_kv_heads, d = layer.tp_k_head_num, layer.qk_head_dim
-        kept = [self.kept.get(rid) if self.table.get(rid) else None for rid in forward_batch.rids]
-        rows = [self.req_to_token[i] for i in forward_batch.req_pool_indices]
-        block_table, seqused_k = sparse_table(
-            layer.layer_id, kept, rows, forward_batch.seq_lens_cpu.tolist(), num_kv_heads
-        )
-        starts = torch.arange(len(seqused_k) + 1, dtype=torch.int32, device=q.device)
-        k, v = (
-            buffer.view(-1, 1, 1, d)
-            for buffer in self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
-        )
-        return self.ops.varlen_decode(
-            q.view(len(starts) - 1, -1, d),
-            k,
-            v,
-            starts,
-            starts,
-            1,
-            block_table.shape[1],
-            softmax_scale=layer.scaling,
-            seqused_k=seqused_k,
-            block_table=block_table,
-        ).view(len(q), -1)
+        return out.view(len(q), -1)
 
     def describe_fit(self, runner: Any) -> str:
         """A line for the server's log: which flags fit the budget."""
@@ -263,13 +193,8 @@ class VLCacheAttnBackend(TritonAttnBackend):
 
     def _compress(self, prompts: list[TrackedPrompt]) -> None:
         plan = plan_prompts(prompts, self.settings.config, self.ranks, self.ops)
-        if self.settings.pack:
-            pool, rows = self.token_to_kv_pool, self.req_to_token
-            pack_prompts(prompts, plan, pool, rows, self.layout, self.ops)
-            return
-        self.kept = {rid: kept for rid, kept in self.kept.items() if self.table.get(rid)}
-        for i, prompt in enumerate(prompts):
-            self.kept[prompt.rid] = KeptPositions(prompt.length, plan, i)
+        pool, rows = self.token_to_kv_pool, self.req_to_token
+        pack_prompts(prompts, plan, pool, rows, self.layout, self.ops)
 
     def _max_context(self) -> int:
         """A request may be as long as this: it needs a slot for each token until it is packed."""

@@ -30,8 +30,11 @@ def pack_prompts(
     """Gather the kept rows of every layer, then scatter them into the prompts' first slots.
 
     Cells of one layer may lie where another layer's kept rows still are, so all are gathered first:
-    the peak is the compressed prompts, once more. No sync; some twenty launches, however many
-    layers and prompts.
+    the peak is the compressed prompts, once more. `compact_kv_`, which needs no second copy, moves
+    rows to the front of their own layer and sequence: but cells are lent to other layers, and where
+    a prefix was found in the radix tree the front is the tree's, which must not be written.
+
+    No sync; some twenty launches, however many layers and prompts.
 
     Args:
         plan: of these prompts, in order.

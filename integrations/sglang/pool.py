@@ -47,5 +47,5 @@ class OneTensorKVPool(MHATokenToKVPool):
         raise NotImplementedError(
             "--attention-backend vlcache: got SGLANG_ENABLE_POST_CAPTURE_KV_SIZING, which reserves"
             " each layer's KV apart and sizes it after graphs are captured; expected it to be 0, so"
-            " that the pool is one tensor (or VLCACHE_PACK=0, which frees no slots)"
+            " that the pool is one tensor"
         )

@@ -71,11 +71,10 @@ class PromptTable:
 
     Args:
         num_layers: of the model.
-        pack: whether slots are freed; see Settings.
     """
 
-    def __init__(self, config: VLCacheConfig, num_layers: int, pack: bool) -> None:
-        self.config, self.num_layers, self.pack = config, num_layers, pack
+    def __init__(self, config: VLCacheConfig, num_layers: int) -> None:
+        self.config, self.num_layers = config, num_layers
         #: At least the longest live length of the decode step to come, written before it.
         self.longest_live: int | None = None
         self.graph_widths: tuple[int, ...] = ()  # what captured decode steps hold of a request
@@ -96,7 +95,7 @@ class PromptTable:
         if (most := req.sampling_params.max_new_tokens) is not None and most <= 1:
             return None  # no step will decode over it
         length, boundary = len(req.origin_input_ids), image_end(req)
-        if self.pack and slots_needed(length, self.num_layers, self.config) >= length:
+        if slots_needed(length, self.num_layers, self.config) >= length:
             return None  # nothing would be freed
         if boundary > 0:
             rows = max(length - boundary, 1)
@@ -112,8 +111,8 @@ class PromptTable:
         whether a prompt is compressed would depend on what others left there.
         """
         first_row = self.first_query_row(req)
-        if first_row is None or not self.pack:
-            return first_row
+        if first_row is None:
+            return None
         length = len(req.origin_input_ids)
         num_slots = slots_needed(length, self.num_layers, self.config)
         return max(min(first_row, length - num_slots - 1), 0)
@@ -125,11 +124,10 @@ class PromptTable:
             return
         length, protected = len(req.origin_input_ids), req.kv.cache_protected_len
         num_slots = slots_needed(length, self.num_layers, self.config)
-        if self.pack:
-            # What is evicted cannot be matched later, so the tree must not have it.
-            req.skip_radix_cache_insert = True
-            if num_slots >= length - protected:
-                return  # longest_prefix rules it out; it has no slots to be packed in
+        # What is evicted cannot be matched later, so the tree must not have it.
+        req.skip_radix_cache_insert = True
+        if num_slots >= length - protected:
+            return  # longest_prefix rules it out; it has no slots to be packed in
         prompt = self._by_rid.get(req.rid)
         if prompt is None or prompt.req_pool_idx != req.kv.req_pool_idx:
             prompt = TrackedPrompt(req.rid, req.kv.req_pool_idx, length, first_row, num_slots)

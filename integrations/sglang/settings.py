@@ -19,13 +19,10 @@ class Settings:
 
     config: of the compression, from VLCACHE_CONFIG (one JSON object with fields of VLCacheConfig)
         and VLCACHE_BUDGET, VLCACHE_THRESHOLD, ... (one field each; these win).
-    pack: VLCACHE_PACK. 1: evicted tokens are moved together and their slots go back to the
-        scheduler. 0: nothing is moved or freed; decoding reads the kept tokens where they lie.
     kernels: VLCACHE_KERNELS, as get_backend takes it.
     """
 
     config: VLCacheConfig = VLCacheConfig()  # noqa: RUF009 (frozen)
-    pack: bool = True
     kernels: BackendName = "auto"
 
     def describe(self) -> str:
@@ -39,18 +36,16 @@ class Settings:
             else (f"{config.budget:.0%} of the prompt's KV cache")
         )
         whose = "prompts with an image keep" if config.text_window is None else "prompts keep"
-        what = (
-            "evicted slots return to the scheduler, and such prompts are not put in the radix cache"
-            if self.pack
-            else "sparse decoding only, no memory is freed (VLCACHE_PACK=0)"
-        )
         changed = [
             f"{field.name}={getattr(config, field.name)!r}"
             for field in fields(config)
             if field.name != "budget" and getattr(config, field.name) != field.default
         ]
         others = f" ({', '.join(changed)})" if changed else ""
-        return f"vlcache: on, {whose} {share}{others}; {what}; kernels: {self.kernels}."
+        return (
+            f"vlcache: on, {whose} {share}{others}; evicted slots return to the scheduler, and such"
+            f" prompts are not put in the radix cache; kernels: {self.kernels}."
+        )
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
@@ -62,7 +57,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         NotImplementedError: for a choice that is not served here.
     """
     names = {PREFIX + field.name.upper(): field.name for field in fields(VLCacheConfig)}
-    known = {*names, PREFIX + "CONFIG", PREFIX + "PACK", PREFIX + "KERNELS"}
+    known = {*names, PREFIX + "CONFIG", PREFIX + "KERNELS"}
     unknown = sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
     if unknown:
         raise ValueError(f"{unknown[0]}: got a variable of that name, expected {sorted(known)}")
@@ -74,10 +69,6 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
             chosen = {field: _scalar(text)}
             settings = replace(settings, config=_config(name, chosen, settings.config))
     _check_supported(settings.config)
-    if (text := environ.get(PREFIX + "PACK")) is not None:
-        if text not in ("0", "1"):
-            raise ValueError(f"{PREFIX}PACK: got {text!r}, expected 0 or 1")
-        settings = replace(settings, pack=text == "1")
     if (text := environ.get(PREFIX + "KERNELS")) is not None:
         if text not in get_args(BackendName):
             raise ValueError(

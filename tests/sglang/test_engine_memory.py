@@ -48,16 +48,6 @@ def test_retracted_requests_lose_no_slot(folder):
     assert run.steps[1] is True and len(run.tokens(2)[0]) == 12
 
 
-def test_index_only_mode_decodes_the_same_and_keeps_prefix_reuse(folder):
-    requests = [*same_length(2, 6), ask(NAME, "text alone", 0, 6)]
-    steps = [{"requests": requests}, {"requests": requests}]
-    run = run_engine(folder, steps, {"VLCACHE_BUDGET": "0.25", "VLCACHE_PACK": "0"})
-    expected = [expected_tokens(folder, r, 0.25) for r in requests]
-    assert run.tokens(0) == run.tokens(1) == expected
-    assert all(result["cached_tokens"] > 0 for result in run.steps[1])
-    assert "no memory is freed" in run.log
-
-
 def test_the_triton_kernels_serve_it_too_behind_a_text_prefix_of_the_tree(folder):
     text = "a beginning that is shared "
     first = [ask(NAME, text, 0, 2)]

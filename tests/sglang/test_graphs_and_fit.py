@@ -31,7 +31,7 @@ def test_widths_step_up_to_the_context(context, widths):
 
 
 def test_a_step_takes_the_narrowest_graph_that_holds_its_longest_request():
-    table = PromptTable(CONFIG, 4, True)
+    table = PromptTable(CONFIG, 4)
     table.graph_widths = graph_widths(131072)
     variants = LiveWidths(table)
     assert variants.capture_labels == ("live-131072", "live-16384", "live-2048")

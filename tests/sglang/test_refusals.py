@@ -13,7 +13,8 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.plugins.hook_registry import HookRegistry
 from tiny_checkpoints import save_qwen2_5_vl
 
-from vlcache_triton.integrations.sglang import hooks, support
+from vlcache_triton.integrations.sglang import support
+from vlcache_triton.integrations.sglang.hooks import Hooks
 from vlcache_triton.integrations.sglang.pool import OneTensorKVPool
 
 CONTEXT = "sglang.srt.runtime_context."
@@ -71,7 +72,6 @@ def check(a_runner: SimpleNamespace, backends=("vlcache", "vlcache"), **changes)
 
 def test_a_plain_server_is_accepted():
     check(runner())
-    assert hooks.table() is None  # and nothing was switched on by asking
 
 
 @pytest.mark.parametrize(
@@ -134,18 +134,40 @@ def test_another_sglang_is_refused():
 
 
 def test_hooks_that_were_not_applied_are_named():
-    target = next(iter(hooks.HOOKS))
+    hooks = Hooks()
+    target = next(iter(hooks.seats))
     with (
-        mock.patch.object(HookRegistry, "_patched", set(hooks.HOOKS) - {target}),
+        mock.patch.object(HookRegistry, "_patched", set(hooks.seats) - {target}),
         mock.patch.object(
             HookRegistry,
             "_hooks",
-            {t: [(None, hook, None)] for t, (hook, _) in hooks.HOOKS.items()},
+            {t: [(None, hook, None)] for t, (hook, _) in hooks.seats.items()},
         ),
         pytest.raises(RuntimeError, match="did not apply the hooks") as error,
     ):
-        hooks.check_hooks()
+        hooks.check()
     assert target in str(error.value)
+
+
+def test_hooks_do_what_sglang_did_until_vlcache_is_the_backend():
+    hooks = Hooks()
+
+    def original(*args, **kwargs):
+        return args, kwargs
+
+    with mock.patch(CONTEXT + "attention_backends", return_value=("triton", "triton")):
+        for hook, args, named in (
+            (hooks.kv_pool_class, ("platform",), {"kind": "mha"}),
+            (hooks.init_forward_batch, (object, "batch", "runner"), {}),
+            (hooks.process_prefill, ("processor", "batch", "result"), {}),
+            (hooks.release, ("cache", "request"), {"checkpointed": False}),
+            (hooks.max_prefix_len, ("request", 9), {}),
+            (hooks.graph_variants, ("config",), {}),
+        ):
+            assert hook(original, *args, **named) == (args, named)
+    assert hooks.private_tokens(lambda kv, page_size: 7, "kv", 1) == 7
+    assert hooks.reopen_admission("scheduler", "batch") is None  # the arguments stay
+    assert hooks.flush(True, "scheduler") is True
 
 
 def test_an_engine_that_is_refused_ends_with_the_sentence(tmp_path):

@@ -7,7 +7,7 @@ from vlcache_triton.recipe.config import VLCacheConfig
 
 
 def test_without_variables_the_recipe_is_the_papers():
-    assert read_settings({"HOME": "/root"}) == Settings(VLCacheConfig(), True, "auto")
+    assert read_settings({"HOME": "/root"}) == Settings(VLCacheConfig(), "auto")
 
 
 def test_every_field_has_a_variable_and_they_win_over_the_json():
@@ -18,12 +18,11 @@ def test_every_field_has_a_variable_and_they_win_over_the_json():
             "VLCACHE_MAX_QUERY_ROWS": "16",
             "VLCACHE_TEXT_WINDOW": "null",
             "VLCACHE_ALLOCATION": "uniform",
-            "VLCACHE_PACK": "0",
             "VLCACHE_KERNELS": "reference",
         }
     )
     config = VLCacheConfig(budget=0.2, smoothing=3, max_query_rows=16, allocation="uniform")
-    assert settings == Settings(config, False, "reference")
+    assert settings == Settings(config, "reference")
 
 
 @pytest.mark.parametrize(
@@ -37,7 +36,6 @@ def test_every_field_has_a_variable_and_they_win_over_the_json():
         ({"VLCACHE_ALLOCATION": "fair"}, "VLCACHE_ALLOCATION: allocation: got 'fair'"),
         ({"VLCACHE_CONFIG": "{budget: 1}"}, "VLCACHE_CONFIG: got"),
         ({"VLCACHE_CONFIG": '{"alpha": 0.1}'}, "VLCACHE_CONFIG: got"),
-        ({"VLCACHE_PACK": "yes"}, "VLCACHE_PACK: got 'yes', expected 0 or 1"),
         ({"VLCACHE_KERNELS": "cuda"}, "VLCACHE_KERNELS: got 'cuda'"),
     ],
 )
@@ -64,6 +62,5 @@ def test_the_logged_line_says_what_is_on():
     line = read_settings({"VLCACHE_BUDGET": "0.1", "VLCACHE_SMOOTHING": "3"}).describe()
     assert "10% of the prompt's KV cache (smoothing=3)" in line
     assert "not put in the radix cache" in line
-    assert "no memory is freed" in read_settings({"VLCACHE_PACK": "0"}).describe()
     assert "keeps its whole KV cache" in read_settings({"VLCACHE_BUDGET": "1.0"}).describe()
     assert "64 tokens a layer" in read_settings({"VLCACHE_BUDGET": "64"}).describe()

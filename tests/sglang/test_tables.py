@@ -8,7 +8,6 @@ from fake_requests import FakeAllocator, FakePool, fake_item, fake_request
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlcache_triton.integrations.sglang.block_table import PackedLayout, fill_block_table
-from vlcache_triton.integrations.sglang.index_only import KeptPositions, sparse_table
 from vlcache_triton.integrations.sglang.measure import (
     ending_prompts,
     plan_measurement,
@@ -35,9 +34,9 @@ CONFIG = VLCacheConfig(budget=0.3)
 class Server:
     """A pool, its requests and the adapter's state, as the backend holds them."""
 
-    def __init__(self, kernels: str = "reference", pack: bool = True) -> None:
+    def __init__(self, kernels: str = "reference") -> None:
         self.ops = get_backend(kernels, CPU)
-        self.table = PromptTable(CONFIG, LAYERS, pack)
+        self.table = PromptTable(CONFIG, LAYERS)
         self.pool = FakePool(LAYERS, 400, KV_HEADS, D)
         self.allocator = FakeAllocator(399)
         self.req_to_token = torch.zeros(8, WIDTH, dtype=torch.int32)
@@ -273,38 +272,6 @@ def test_what_ends_a_prefill_costs_no_more_for_more_layers_or_prompts():
     assert abs(ops_of_planning_and_packing(28, 4) - few) < 20
 
 
-def test_index_only_tables_read_the_same_tokens():
-    server = Server(pack=False)
-    req, text = fake_request("a", 1, 50, (5, 30)), fake_request("text", 2, 20, None)
-    for r, n in ((req, 53), (text, 21)):
-        server.admit(r, n)
-    _, plan = server.prefill([req, text], [(0, 50), (0, 20)])
-    kept = [KeptPositions(50, plan, 0), None]
-    rows = [server.req_to_token[1], server.req_to_token[2]]
-    q = torch.randn(2, HEADS, D, generator=server.generator)
-    for layer in range(LAYERS):
-        table, seqused = sparse_table(layer, kept, rows, [53, 21], KV_HEADS)
-        starts = torch.arange(5, dtype=torch.int32)
-        out = server.ops.varlen_decode(
-            q.view(4, HEADS // KV_HEADS, D),
-            server.pool.k_buffer[layer].reshape(-1, 1, 1, D),
-            server.pool.v_buffer[layer].reshape(-1, 1, 1, D),
-            starts,
-            starts,
-            1,
-            table.shape[1],
-            softmax_scale=0.25,
-            seqused_k=seqused,
-            block_table=table,
-        ).view(2, HEADS, D)
-        expected = kept_then_generated(plan, 0, server.cache(req, layer, 53), layer, 50)
-        torch.testing.assert_close(out[0], attention(q[0], expected), rtol=1e-4, atol=1e-5)
-        dense = server.cache(text, layer, 21)
-        expected = [dense[:, :, head] for head in range(KV_HEADS)]
-        torch.testing.assert_close(out[1], attention(q[1], expected), rtol=1e-4, atol=1e-5)
-    assert not req.skip_radix_cache_insert
-
-
 def test_slots_are_freed_once_and_given_back_once():
     server = Server()
     req = fake_request("a", 1, 50, (5, 30), protected=4)
@@ -354,18 +321,17 @@ def test_what_is_left_whole_is_not_tracked():
         assert server.table.longest_prefix(req) is None, req.rid
         assert not req.skip_radix_cache_insert, "its prefix may be reused"
     assert len(server.table) == 0
-    assert PromptTable(VLCacheConfig(budget=1.0), 2, True).first_query_row(whole[1]) is None
+    assert PromptTable(VLCacheConfig(budget=1.0), 2).first_query_row(whole[1]) is None
 
 
 def test_the_tree_leaves_a_prompt_the_slots_that_it_keeps():
     """Or whether it is compressed would depend on what other requests left in the tree."""
     req = fake_request("a", 1, 50, (45, 48))
     assert slots_needed(50, LAYERS, CONFIG) == 15
-    assert PromptTable(CONFIG, LAYERS, True).longest_prefix(req) == 34  # not 49, the query row
-    assert PromptTable(CONFIG, LAYERS, False).longest_prefix(req) == 49
+    assert PromptTable(CONFIG, LAYERS).longest_prefix(req) == 34  # not 49, the query row
     whole = VLCacheConfig(budget=60)  # tokens: more than there are
-    assert PromptTable(whole, LAYERS, True).longest_prefix(req) is None
-    table = PromptTable(CONFIG, LAYERS, True)
+    assert PromptTable(whole, LAYERS).longest_prefix(req) is None
+    table = PromptTable(CONFIG, LAYERS)
     table.see(fake_request("b", 1, 50, (45, 48), protected=34))
     assert len(table) == 1
 
@@ -416,7 +382,7 @@ def test_long_requests_get_their_whole_table():
 )
 def test_query_rows_are_those_of_the_recipe(config, image, first_row):
     req = fake_request("a", 1, 50, image)
-    assert PromptTable(config, LAYERS, True).first_query_row(req) == first_row
+    assert PromptTable(config, LAYERS).first_query_row(req) == first_row
 
 
 def test_the_last_visual_token_is_found_in_both_of_sglangs_forms():
