@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,11 +9,10 @@ import triton
 from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
-from torch import Tensor
 
 from vlcache_triton.ops import get_backend
 
-from .block_table import PackedLayout, fill_block_table
+from .block_table import DecodeStep, PackedLayout, fill_block_table
 from .fitting import describe_fit
 from .graphs import graph_widths, width_of
 from .measure import Measurement, ending_prompts, plan_measurement, plan_prompts
@@ -23,29 +21,6 @@ from .pool import OneTensorKVPool
 from .prompts import PromptTable, TrackedPrompt
 from .ranks import Ranks
 from .settings import Settings
-
-
-@dataclass(frozen=True)
-class DecodeStep:
-    """The arguments of `varlen_decode` that layers share, and the table each layer rewrites."""
-
-    block_table: Tensor
-    seqused_k: Tensor
-    cu_seqlens: Tensor  # of q, a row a request; of k it is not used
-
-    @classmethod
-    def empty(cls, num_seqs: int, max_blocks: int, device: torch.device) -> DecodeStep:
-        """Room for num_seqs requests of max_blocks tokens."""
-        return cls(
-            torch.zeros(num_seqs, max_blocks, dtype=torch.int32, device=device),
-            torch.zeros(num_seqs, dtype=torch.int32, device=device),
-            torch.arange(num_seqs + 1, dtype=torch.int32, device=device),
-        )
-
-    def first(self, num_seqs: int, max_blocks: int) -> DecodeStep:
-        """The part of a smaller batch, and a narrower one."""
-        table = self.block_table.view(-1)[: num_seqs * max_blocks].view(num_seqs, max_blocks)
-        return DecodeStep(table, self.seqused_k[:num_seqs], self.cu_seqlens[: num_seqs + 1])
 
 
 class VLCacheAttnBackend(TritonAttnBackend):
@@ -77,6 +52,7 @@ class VLCacheAttnBackend(TritonAttnBackend):
                 f"--attention-backend vlcache: got {len(pool.flat)} KV rows, expected fewer"
                 " than 2**31; lower --max-total-tokens"
             )
+        self.num_biased_heads = 0 if settings.config.remainder == "none" else pool.flat.shape[1]
         num_rows = len(self.req_to_token)
         self.layout = PackedLayout.empty(self.num_layers, num_rows, pool.flat.device)
 
@@ -87,7 +63,7 @@ class VLCacheAttnBackend(TritonAttnBackend):
         mode = forward_batch.forward_mode
         if mode.is_decode():
             width = self._longest(forward_batch)
-            self.step = DecodeStep.empty(forward_batch.batch_size, width, self.device)
+            self.step = self._empty_step(forward_batch.batch_size, width)
             return
         super().init_forward_metadata(forward_batch)
         if not mode.is_extend():
@@ -104,7 +80,7 @@ class VLCacheAttnBackend(TritonAttnBackend):
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Tables at fixed addresses. Every captured step uses the front of the same ones."""
-        self._graph_step = DecodeStep.empty(max_bs, self._max_context(), self.device)
+        self._graph_step = self._empty_step(max_bs, self._max_context())
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """The step's tables are written inside the graph, from SGLang's static batch tensors."""
@@ -137,7 +113,7 @@ class VLCacheAttnBackend(TritonAttnBackend):
                 q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
                 self.token_to_kv_pool.get_key_buffer(layer.layer_id)[:, None],
                 layer.scaling,
-                self.settings.config.threshold,
+                self.settings.config,
                 self.ops,
             )
         if layer.layer_id == self.num_layers - 1 and self.ending:
@@ -158,8 +134,7 @@ class VLCacheAttnBackend(TritonAttnBackend):
             forward_batch.seq_lens,
             self.layout,
             pool.num_rows,
-            step.block_table,
-            step.seqused_k,
+            step,
         )
         out = self.ops.varlen_decode(
             q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim),
@@ -172,6 +147,7 @@ class VLCacheAttnBackend(TritonAttnBackend):
             softmax_scale=layer.scaling,
             seqused_k=step.seqused_k,
             block_table=step.block_table,
+            first_key_bias=step.first_key_bias,
         )
         return out.view(len(q), -1)
 
@@ -195,6 +171,9 @@ class VLCacheAttnBackend(TritonAttnBackend):
         plan = plan_prompts(prompts, self.settings.config, self.ranks, self.ops)
         pool, rows = self.token_to_kv_pool, self.req_to_token
         pack_prompts(prompts, plan, pool, rows, self.layout, self.ops)
+
+    def _empty_step(self, num_seqs: int, max_blocks: int) -> DecodeStep:
+        return DecodeStep.empty(num_seqs, max_blocks, self.num_biased_heads, self.device)
 
     def _max_context(self) -> int:
         """A request may be as long as this: it needs a slot for each token until it is packed."""

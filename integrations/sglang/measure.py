@@ -2,7 +2,8 @@
 
 Attention of a query row is over all keys before it, and those lie in the pool when the row's chunk
 is computed, whichever chunk or cached prefix they came with. So each chunk measures its own query
-rows against the paged cache, and what a prompt's rows say is the sum over its chunks.
+rows against the paged cache, and what a prompt's rows say is the sum over its chunks (or, where a
+token's score is a maximum over rows, the maximum over them).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from vlcache_triton.recipe.config import VLCacheConfig
 from vlcache_triton.recipe.plan import CompressionPlan, plan_from_scores
 from vlcache_triton.recipe.prompt import Prompt, to_device
 
-from .prompts import PromptSums, PromptTable, TrackedPrompt
+from .prompts import ChunkStats, PromptTable, TrackedPrompt
 from .ranks import Ranks
 
 
@@ -63,10 +64,10 @@ class Measurement:
         q: Tensor,
         k_pages: Tensor,
         softmax_scale: float,
-        threshold: float,
+        config: VLCacheConfig,
         backend: Backend,
     ) -> None:
-        """Measure one layer and add it to the prompts' sums. No sync, no copy from the host.
+        """Measure one layer and add it to what chunks before said. No sync, no copy from the host.
 
         Args:
             q: `[num_tokens, num_heads, d]` of the whole forward, after RoPE.
@@ -81,21 +82,27 @@ class Measurement:
             max(chunk.last - chunk.first for chunk in self.chunks),
             width,
             softmax_scale=softmax_scale,
-            threshold=threshold,
+            threshold=config.threshold,
             seqused_k=self.seqused_k,
             block_table=self.block_table,
+            row_reduction=config.row_reduction,
+            group_reduction=config.group_reduction,
         )
         for i, chunk in enumerate(self.chunks):
-            if chunk.prompt.sums is None:
+            if chunk.prompt.stats is None:
                 num_kv_heads, num_heads = stats.scores.shape[0], stats.retained.shape[1]
-                chunk.prompt.sums = PromptSums(
+                chunk.prompt.stats = ChunkStats(
                     stats.scores.new_zeros(num_layers, num_kv_heads, chunk.prompt.length),
                     stats.retained.new_zeros(num_layers, num_heads),
                 )
-            sums, first_key = chunk.prompt.sums, i * width
+            ours, first_key = chunk.prompt.stats, i * width
+            scores = ours.scores[layer, :, : chunk.seen]
             seen = stats.scores[:, first_key : first_key + chunk.seen]
-            sums.scores[layer, :, : chunk.seen] += seen
-            sums.retained[layer] += stats.retained[i]
+            if config.row_reduction == "sum":
+                scores += seen
+            else:  # and over the heads of a group: settings.py refuses one without the other
+                torch.maximum(scores, seen, out=scores)
+            ours.retained[layer] += stats.retained[i]
 
 
 def plan_measurement(
@@ -155,9 +162,10 @@ def ending_prompts(
 def plan_prompts(
     prompts: Sequence[TrackedPrompt], config: VLCacheConfig, ranks: Ranks, backend: Backend
 ) -> CompressionPlan:
-    """What prompts that end together keep, from their sums, which are let go of. One host sync.
+    """What prompts that end together keep, from what their chunks said, which is let go of. One
+    host sync.
 
-    They are one left-padded batch to the recipe, each sum behind its pads.
+    They are one left-padded batch to the recipe, each one's scores behind its pads.
     """
     lengths = [prompt.length for prompt in prompts]
     longest = max(lengths)
@@ -166,13 +174,13 @@ def plan_prompts(
         tuple(longest - length for length in lengths),
         tuple(prompt.query_rows for prompt in prompts),
     )
-    sums = [_taken(prompt) for prompt in prompts]
+    stats = [_taken(prompt) for prompt in prompts]
     padded = [
         F.pad(s.scores, (longest - n, 0)) if n < longest else s.scores
-        for s, n in zip(sums, lengths, strict=True)
+        for s, n in zip(stats, lengths, strict=True)
     ]
     scores = padded[0] if len(padded) == 1 else torch.cat(padded, -1)
-    retained = torch.stack([s.retained for s in sums], 1)  # [num_layers, num_seqs, num_heads]
+    retained = torch.stack([s.retained for s in stats], 1)  # [num_layers, num_seqs, num_heads]
     scores = ranks.layer_scores(scores, batch, config)
     retained, num_heads = ranks.retained(retained)
     visible = torch.tensor([prompt.visible for prompt in prompts], dtype=torch.float64)
@@ -180,8 +188,8 @@ def plan_prompts(
     return plan_from_scores(scores, density, batch, config, backend)
 
 
-def _taken(prompt: TrackedPrompt) -> PromptSums:
-    sums, prompt.sums = prompt.sums, None
-    if sums is None:
+def _taken(prompt: TrackedPrompt) -> ChunkStats:
+    stats, prompt.stats = prompt.stats, None
+    if stats is None:
         raise RuntimeError(f"prompt {prompt.rid}: got no statistics, expected those of its chunks")
-    return sums
+    return stats

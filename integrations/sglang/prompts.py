@@ -16,8 +16,8 @@ from vlcache_triton.recipe.policies import VL_CACHE
 from vlcache_triton.recipe.prompt import count_query_rows
 
 
-class PromptSums(NamedTuple):
-    """The post-vision statistics of one prompt, all layers, summed over the chunks seen.
+class ChunkStats(NamedTuple):
+    """The post-vision statistics of one prompt, all layers, over the chunks seen.
 
     scores: `[num_layers, num_kv_heads, m]` fp32. retained: `[num_layers, num_heads]` int64. Both of
     the heads of this rank.
@@ -37,7 +37,7 @@ class TrackedPrompt:
     first_row: where the query rows begin; they end with the prompt.
     num_slots: slots that the compressed prompt takes, ceil(Σ k_l / L).
     protected: the first tokens, whose slots belong to the radix tree.
-    sums: what the chunks seen say.
+    stats: what the chunks seen say.
     is_packed: its kept tokens lie in the first `num_slots` of its own slots.
     evicted: tokens that every layer evicted, once it is packed.
     private: those slots, once the others went back to the scheduler.
@@ -50,7 +50,7 @@ class TrackedPrompt:
     num_slots: int
     prefilled: int = 0
     protected: int = 0
-    sums: PromptSums | None = None
+    stats: ChunkStats | None = None
     is_packed: bool = False
     evicted: int = 0
     private: Tensor | None = None

@@ -49,8 +49,12 @@ class Ranks:
             first = self.rank * self.num_kv_heads // self.size
             own = slice(first, first + local)
             whole = scores.new_zeros(len(scores), self.num_kv_heads, scores.shape[2])
-            whole[:, own] = scores / max(self.size // self.num_kv_heads, 1)
-            dist.all_reduce(whole, group=self.group)
+            if config.group_reduction == "mean":  # each rank's is over its part of the group
+                whole[:, own] = scores / max(self.size // self.num_kv_heads, 1)
+                dist.all_reduce(whole, group=self.group)
+            else:
+                whole[:, own] = scores
+                dist.all_reduce(whole, dist.ReduceOp.MAX, group=self.group)
             scores = whole
         unused = scores.new_empty(0)
         return layer_scores(PostVisionStats(scores, unused, unused), prompt, config)[:, own]

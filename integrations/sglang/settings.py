@@ -11,14 +11,16 @@ from vlcache_triton.ops import BackendName
 from vlcache_triton.recipe.config import VLCacheConfig
 
 PREFIX = "VLCACHE_"
+PRESETS = {"paper": VLCacheConfig, "tuned": VLCacheConfig.tuned}
 
 
 @dataclass(frozen=True)
 class Settings:
     """The choices of a server.
 
-    config: of the compression, from VLCACHE_CONFIG (one JSON object with fields of VLCacheConfig)
-        and VLCACHE_BUDGET, VLCACHE_THRESHOLD, ... (one field each; these win).
+    config: of the compression, from VLCACHE_PRESET (paper or tuned, as VLCacheConfig has them),
+        VLCACHE_CONFIG (one JSON object with fields of VLCacheConfig), and VLCACHE_BUDGET,
+        VLCACHE_THRESHOLD, ... (one field each); the later ones win.
     kernels: VLCACHE_KERNELS, as get_backend takes it.
     """
 
@@ -57,36 +59,37 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         NotImplementedError: for a choice that is not served here.
     """
     names = {PREFIX + field.name.upper(): field.name for field in fields(VLCacheConfig)}
-    known = {*names, PREFIX + "CONFIG", PREFIX + "KERNELS"}
+    known = {*names, PREFIX + "PRESET", PREFIX + "CONFIG", PREFIX + "KERNELS"}
     unknown = sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
     if unknown:
         raise ValueError(f"{unknown[0]}: got a variable of that name, expected {sorted(known)}")
-    settings = Settings()
+    config = PRESETS[_word(environ, PREFIX + "PRESET", "paper", tuple(PRESETS))]()
     if (text := environ.get(PREFIX + "CONFIG")) is not None:
-        settings = replace(settings, config=_config(PREFIX + "CONFIG", _json_fields(text)))
+        config = _replaced(config, PREFIX + "CONFIG", _json_fields(text))
     for name, field in names.items():
         if (text := environ.get(name)) is not None:
-            chosen = {field: _scalar(text)}
-            settings = replace(settings, config=_config(name, chosen, settings.config))
-    _check_supported(settings.config)
-    if (text := environ.get(PREFIX + "KERNELS")) is not None:
-        if text not in get_args(BackendName):
-            raise ValueError(
-                f"{PREFIX}KERNELS: got {text!r}, expected one of {get_args(BackendName)}"
-            )
-        settings = replace(settings, kernels=cast(BackendName, text))
-    return settings
+            config = _replaced(config, name, {field: _scalar(text)})
+    _check_supported(config)
+    kernels = _word(environ, PREFIX + "KERNELS", "auto", get_args(BackendName))
+    return Settings(config, cast(BackendName, kernels))
+
+
+def _word(environ: Mapping[str, str], name: str, default: str, words: tuple[str, ...]) -> str:
+    word = environ.get(name, default)
+    if word not in words:
+        raise ValueError(f"{name}: got {word!r}, expected one of {words}")
+    return word
 
 
 def _check_supported(config: VLCacheConfig) -> None:
-    """Refuse what the Transformers adapter alone can do: the statistics of a prompt's chunks are
-    summed, which maxima cannot be, and the block table has no place for a row of its own."""
-    for name in ("row_reduction", "group_reduction", "remainder"):
-        value, default = getattr(config, name), getattr(VLCacheConfig(), name)
-        if value != default:
-            raise NotImplementedError(
-                f"{PREFIX}{name.upper()}: got {value!r}, expected {default!r} in SGLang"
-            )
+    """Refuse what a prompt in chunks cannot be measured by: sums over rows add up where the heads'
+    are averaged, and maxima where the heads' are maxima, but not a mean of maxima."""
+    group = "mean" if config.row_reduction == "sum" else "max"
+    if config.group_reduction != group:
+        raise NotImplementedError(
+            f"{PREFIX}GROUP_REDUCTION: got {config.group_reduction!r} with"
+            f" {PREFIX}ROW_REDUCTION={config.row_reduction}, expected {group!r} in SGLang"
+        )
 
 
 def _json_fields(text: str) -> dict[str, Any]:
@@ -110,10 +113,8 @@ def _scalar(text: str) -> Any:
         return text  # allocation and granularity are words; VLCacheConfig checks them
 
 
-def _config(
-    variable: str, chosen: dict[str, Any], start: VLCacheConfig | None = None
-) -> VLCacheConfig:
+def _replaced(config: VLCacheConfig, variable: str, chosen: dict[str, Any]) -> VLCacheConfig:
     try:
-        return replace(start or VLCacheConfig(), **chosen)
+        return replace(config, **chosen)
     except ValueError as error:
         raise ValueError(f"{variable}: {error}") from error

@@ -37,6 +37,10 @@ def test_every_field_has_a_variable_and_they_win_over_the_json():
         ({"VLCACHE_CONFIG": "{budget: 1}"}, "VLCACHE_CONFIG: got"),
         ({"VLCACHE_CONFIG": '{"alpha": 0.1}'}, "VLCACHE_CONFIG: got"),
         ({"VLCACHE_KERNELS": "cuda"}, "VLCACHE_KERNELS: got 'cuda'"),
+        (
+            {"VLCACHE_PRESET": "best"},
+            "VLCACHE_PRESET: got 'best', expected one of ('paper', 'tuned')",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_by_its_variables_name(environ, message):
@@ -45,16 +49,24 @@ def test_what_does_not_fit_is_refused_by_its_variables_name(environ, message):
     assert str(error.value).startswith(message)
 
 
+def test_a_preset_comes_first_and_every_field_wins_over_it():
+    settings = read_settings({"VLCACHE_PRESET": "tuned", "VLCACHE_BUDGET": "0.05"})
+    assert settings.config == VLCacheConfig.tuned(0.05)
+    environ = {"VLCACHE_PRESET": "tuned", "VLCACHE_CONFIG": '{"granularity": "kv_head"}'}
+    assert read_settings(environ).config == VLCacheConfig.tuned(granularity="kv_head")
+    assert read_settings({"VLCACHE_PRESET": "paper"}) == read_settings({})
+
+
 @pytest.mark.parametrize(
     "environ",
     [
-        {"VLCACHE_REMAINDER": "mean"},
         {"VLCACHE_CONFIG": '{"row_reduction": "max"}'},
         {"VLCACHE_GROUP_REDUCTION": "max"},
+        {"VLCACHE_PRESET": "tuned", "VLCACHE_ROW_REDUCTION": "sum"},
     ],
 )
-def test_what_is_not_served_here_is_refused_by_its_variables_name(environ):
-    with pytest.raises(NotImplementedError, match=r"^VLCACHE_(REMAINDER|ROW|GROUP).*in SGLang"):
+def test_what_chunks_cannot_be_measured_by_is_refused_by_its_variables_name(environ):
+    with pytest.raises(NotImplementedError, match=r"^VLCACHE_GROUP_REDUCTION: got .*in SGLang"):
         read_settings(environ)
 
 

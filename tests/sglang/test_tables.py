@@ -1,5 +1,6 @@
 """The host's table of prompts, and the packed layout that decoding reads, without an engine."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,11 @@ import torch
 from fake_requests import FakeAllocator, FakePool, fake_item, fake_request
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vlcache_triton.integrations.sglang.block_table import PackedLayout, fill_block_table
+from vlcache_triton.integrations.sglang.block_table import (
+    DecodeStep,
+    PackedLayout,
+    fill_block_table,
+)
 from vlcache_triton.integrations.sglang.measure import (
     ending_prompts,
     plan_measurement,
@@ -15,7 +20,7 @@ from vlcache_triton.integrations.sglang.measure import (
 )
 from vlcache_triton.integrations.sglang.packing import pack_prompts
 from vlcache_triton.integrations.sglang.prompts import (
-    PromptSums,
+    ChunkStats,
     PromptTable,
     TrackedPrompt,
     image_end,
@@ -29,14 +34,15 @@ CPU = torch.device("cpu")
 LAYERS, HEADS, KV_HEADS, D = 3, 4, 2, 16
 WIDTH = 96  # of req_to_token
 CONFIG = VLCacheConfig(budget=0.3)
+TUNED = VLCacheConfig.tuned(0.3)  # with a row for what is evicted
 
 
 class Server:
     """A pool, its requests and the adapter's state, as the backend holds them."""
 
-    def __init__(self, kernels: str = "reference") -> None:
-        self.ops = get_backend(kernels, CPU)
-        self.table = PromptTable(CONFIG, LAYERS)
+    def __init__(self, kernels: str = "reference", config: VLCacheConfig = CONFIG) -> None:
+        self.ops, self.config = get_backend(kernels, CPU), config
+        self.table = PromptTable(config, LAYERS)
         self.pool = FakePool(LAYERS, 400, KV_HEADS, D)
         self.allocator = FakeAllocator(399)
         self.req_to_token = torch.zeros(8, WIDTH, dtype=torch.int32)
@@ -65,9 +71,9 @@ class Server:
                 for req, (a, b) in zip(reqs, spans, strict=True)
             ]
             k = self.pool.k_buffer[layer][:, None]
-            measured.add_layer(layer, LAYERS, torch.cat(rows), k, 0.25, 0.01, self.ops)
+            measured.add_layer(layer, LAYERS, torch.cat(rows), k, 0.25, self.config, self.ops)
         ending = ending_prompts(self.table, rids, prefix, extend)
-        return ending and (ending, plan_prompts(ending, CONFIG, Ranks(), self.ops))
+        return ending and (ending, plan_prompts(ending, self.config, Ranks(), self.ops))
 
     def pack(self, prompts, plan) -> None:
         pack_prompts(prompts, plan, self.pool, self.req_to_token, self.layout, self.ops)
@@ -78,31 +84,42 @@ class Server:
         return torch.stack([self.pool.k_buffer[layer][row], self.pool.v_buffer[layer][row]])
 
 
-def attention(q: torch.Tensor, kv: list[torch.Tensor]) -> torch.Tensor:
-    """q `[heads, d]` over each KV head's own K and V `[2, n, d]`."""
+def attention(q: torch.Tensor, kv: list[torch.Tensor], bias: list[float]) -> torch.Tensor:
+    """q `[heads, d]` over each KV head's own K and V `[2, n, d]`, whose first logit has a bias."""
     group = len(q) // len(kv)
     rows = []
     for head, (k, v) in enumerate(kv):
-        weights = (q[head * group : (head + 1) * group] @ k.T * 0.25).softmax(-1)
-        rows.append(weights @ v)
+        logits = q[head * group : (head + 1) * group] @ k.T * 0.25
+        logits[:, 0] += bias[head]
+        rows.append(logits.softmax(-1) @ v)
     return torch.cat(rows)
 
 
 def kept_then_generated(
     plan, seq: int, dense: torch.Tensor, layer: int, length: int
-) -> list[torch.Tensor]:
-    """Each KV head's `[2, n, d]`: what the plan keeps of prompt `seq`, and all that follows."""
-    kept = plan.kept_positions(layer, seq).long()
-    return [
-        torch.cat([dense[:, kept[head], head], dense[:, length:, head]], 1)
-        for head in range(KV_HEADS)
-    ]
+) -> tuple[list[torch.Tensor], list[float]]:
+    """Each KV head's `[2, n, d]`: the mean of what the plan evicts of prompt `seq`, if it says so,
+    what it keeps, and all that follows; and the logarithm of how many the mean is of, else 0."""
+    kv, bias = [], []
+    for head, kept in enumerate(plan.kept_positions(layer, seq).long()):
+        is_evicted = torch.ones(length, dtype=torch.bool)
+        is_evicted[kept] = False
+        rows = dense[:, :, head]
+        parts = [rows[:, kept], rows[:, length:]]
+        bias.append(0.0)
+        if plan.evicted is not None and (count := int(plan.evicted[layer, seq, head])):
+            assert count == is_evicted.sum()
+            parts.insert(0, rows[:, :length][:, is_evicted].mean(1, keepdim=True))
+            bias[-1] = math.log(count)
+        kv.append(torch.cat(parts, 1))
+    return kv, bias
 
 
+@pytest.mark.parametrize("config", [CONFIG, TUNED])
 @pytest.mark.parametrize("bounds", [(50,), (7, 50), (20, 31, 44, 50), (46, 47, 49, 50)])
-def test_chunks_of_any_size_give_the_unchunked_plan(bounds):
+def test_chunks_of_any_size_give_the_unchunked_plan(bounds, config):
     req = fake_request("a", 1, 50, (5, 30))
-    whole, chunked = Server(), Server()
+    whole, chunked = Server(config=config), Server(config=config)
     plans = []
     for server, ends in ((whole, (50,)), (chunked, bounds)):
         server.admit(req, 60)
@@ -149,10 +166,20 @@ def test_a_batch_measures_each_image_prompt_as_if_alone():
             assert torch.equal(ours, its)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        TUNED,
+        VLCacheConfig.tuned(0.3, granularity="kv_head"),
+        # Some layers keep one row, a token, or all: neither has a row for what is evicted.
+        VLCacheConfig(budget=0.4, remainder="mean", min_layer_budget=0.0, threshold=0.5),
+    ],
+)
 @pytest.mark.parametrize("kernels", ["reference", "triton"])
-def test_decoding_over_packed_prompts_reads_what_was_kept(kernels):
+def test_decoding_over_packed_prompts_reads_what_was_kept(kernels, config):
     """A packed prompt, a text prompt, and a packed one whose first tokens the tree owns."""
-    server = Server(kernels)
+    server = Server(kernels, config)
     reqs = [
         fake_request("a", 1, 50, (5, 30)),
         fake_request("text", 2, 20, None),
@@ -178,25 +205,23 @@ def test_decoding_over_packed_prompts_reads_what_was_kept(kernels):
         buffer[free] = float("nan")
 
     indices = torch.tensor([req.kv.req_pool_idx for req in reqs])
-    table = torch.zeros(3, WIDTH, dtype=torch.int32)
-    seqused, starts = torch.zeros(3, dtype=torch.int32), torch.arange(4, dtype=torch.int32)
+    step = DecodeStep.empty(3, WIDTH, 0 if config.remainder == "none" else KV_HEADS, CPU)
     flat, rows = server.pool.flat[:, None], server.pool.num_rows
     for layer in range(LAYERS):
         q = torch.randn(3, HEADS, D, generator=server.generator)
-        fill_block_table(
-            layer, server.req_to_token, indices, lengths, server.layout, rows, table, seqused
-        )
+        fill_block_table(layer, server.req_to_token, indices, lengths, server.layout, rows, step)
         out = server.ops.varlen_decode(
             q,
             flat[:-rows],
             flat[rows:],
-            starts,
-            starts,
+            step.cu_seqlens,
+            step.cu_seqlens,
             1,
             WIDTH,
             softmax_scale=0.25,
-            seqused_k=seqused,
-            block_table=table,
+            seqused_k=step.seqused_k,
+            block_table=step.block_table,
+            first_key_bias=step.first_key_bias,
         )
         for i, req in enumerate(reqs):
             kv = dense[layer, req.rid]
@@ -204,8 +229,8 @@ def test_decoding_over_packed_prompts_reads_what_was_kept(kernels):
                 seq, length = packed.index(req.rid), len(req.origin_input_ids)
                 expected = kept_then_generated(plan, seq, kv, layer, length)
             else:
-                expected = [kv[:, :, head] for head in range(KV_HEADS)]
-            torch.testing.assert_close(out[i], attention(q[i], expected), rtol=1e-4, atol=1e-5)
+                expected = [kv[:, :, head] for head in range(KV_HEADS)], [0.0] * KV_HEADS
+            torch.testing.assert_close(out[i], attention(q[i], *expected), rtol=1e-4, atol=1e-5)
     # A graph's padding row may name a packed request, with a length of 1.
     fill_block_table(
         0,
@@ -214,10 +239,9 @@ def test_decoding_over_packed_prompts_reads_what_was_kept(kernels):
         torch.ones(1, dtype=torch.int64),
         server.layout,
         rows,
-        table[:1],
-        seqused[:1],
+        step.first(1, WIDTH),
     )
-    assert seqused[0] == 0
+    assert step.seqused_k[0] == 0
 
 
 class CountOps(TorchDispatchMode):
@@ -247,11 +271,11 @@ def ops_of_planning_and_packing(num_layers: int, num_prompts: int) -> int:
     pool, length = FakePool(num_layers, 100 * num_prompts, KV_HEADS, D), 60
     prompts = []
     for row in range(num_prompts):
-        sums = PromptSums(
+        stats = ChunkStats(
             torch.rand(num_layers, KV_HEADS, length, generator=generator),
             torch.randint(1, 200, (num_layers, HEADS), generator=generator),
         )
-        prompts.append(TrackedPrompt(str(row), row, length, length - 9, 18, sums=sums))
+        prompts.append(TrackedPrompt(str(row), row, length, length - 9, 18, stats=stats))
     req_to_token = torch.arange(1, 80 * num_prompts + 1).view(num_prompts, -1)[:, :length].int()
     mode, ops = CountOps(), get_backend("reference", CPU)
     ops = ops._replace(
@@ -346,15 +370,13 @@ def test_the_host_bounds_live_lengths_and_the_fill_writes_no_more():
     server.pack(prompts, plan)
     most = int(plan.keep[:, 0].max()) + 3
     assert [server.table.most_live(r) for r in (req, text)] == [most, 21]
-    table = torch.full((2, 4096), -7, dtype=torch.int32)  # far wider than any
-    seqused = torch.zeros(2, dtype=torch.int32)
+    step = DecodeStep.empty(2, 4096, 0, CPU)  # far wider than any
+    table = step.block_table.fill_(-7)
     rows, lengths = torch.tensor([1, 2]), torch.tensor([53, 21])
     live = []
     for layer in range(LAYERS):
-        fill_block_table(
-            layer, server.req_to_token, rows, lengths, server.layout, 400, table, seqused
-        )
-        live.append(seqused.tolist())
+        fill_block_table(layer, server.req_to_token, rows, lengths, server.layout, 400, step)
+        live.append(step.seqused_k.tolist())
         assert (table != -7).sum(1).tolist() == [max(x) for x in zip(*live, strict=True)]
     assert max(n for n, _ in live) == most
 
@@ -362,10 +384,10 @@ def test_the_host_bounds_live_lengths_and_the_fill_writes_no_more():
 def test_long_requests_get_their_whole_table():
     """Longer than what a request's programs write in one go."""
     slots = torch.randperm(9000, generator=torch.Generator().manual_seed(0)).int()
-    layout, seqused = PackedLayout.empty(1, 1, CPU), torch.zeros(1, dtype=torch.int32)
-    table = torch.full((1, 9000), -7, dtype=torch.int32)
+    layout, step = PackedLayout.empty(1, 1, CPU), DecodeStep.empty(1, 9000, 0, CPU)
+    table = step.block_table.fill_(-7)
     row = torch.zeros(1, dtype=torch.int64)
-    fill_block_table(0, slots[None], row, row + 8321, layout, 9000, table, seqused)
+    fill_block_table(0, slots[None], row, row + 8321, layout, 9000, step)
     assert torch.equal(table[0, :8321], slots[:8321]) and (table[0, 8321:] == -7).all()
 
 
