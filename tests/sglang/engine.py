@@ -18,6 +18,7 @@ from drive import picture
 from tiny_checkpoints import save_llava, save_qwen2_5_vl
 
 from vlcache_triton.integrations.transformers import vl_cache
+from vlcache_triton.recipe.config import VLCacheConfig
 
 HERE = Path(__file__).resolve().parent
 ENGINE = dict(
@@ -38,6 +39,7 @@ STRICT = dict(
     SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE="1",
     SGLANG_CHECK_KV_PAGE_INVARIANTS="1",
 )
+TUNED = VLCacheConfig.tuned(0.25)
 MODELS = {"qwen2_5_vl": save_qwen2_5_vl, "llava": save_llava}
 IMAGE = {"qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>", "llava": "[IMG]"}
 

@@ -1,7 +1,9 @@
 """Slots: what is freed is used, and every one comes back. SGLang's own checks are on in all."""
 
+from dataclasses import asdict, replace
+
 import pytest
-from engine import ask, expected_tokens, run_engine
+from engine import TUNED, ask, expected_tokens, run_engine
 from tiny_checkpoints import save_qwen2_5_vl
 
 NAME = "qwen2_5_vl"
@@ -34,13 +36,14 @@ def test_a_pool_for_two_dense_requests_serves_at_least_twice_as_many(folder):
     assert dense.steps[1] is packed.steps[1] is True
 
 
-def test_retracted_requests_lose_no_slot(folder):
+@pytest.mark.parametrize("preset", ["paper", "tuned"])
+def test_retracted_requests_lose_no_slot(folder, preset):
     """They prefill again, keep the same tokens, and their earlier outputs are left whole."""
     requests = [*same_length(3, 12), ask(NAME, "text alone", 0, 12)]
     run = run_engine(
         folder,
         [{"requests": requests}, {"flush": True}, {"requests": requests[:1]}],
-        {"VLCACHE_BUDGET": "0.25", "SGLANG_TEST_RETRACT": "1"},
+        {"VLCACHE_PRESET": preset, "VLCACHE_BUDGET": "0.25", "SGLANG_TEST_RETRACT": "1"},
     )
     assert sum(result["retractions"] for result in run.steps[0]) > 0
     assert all(len(tokens) == 12 for tokens in run.tokens())
@@ -59,6 +62,24 @@ def test_the_triton_kernels_serve_it_too_behind_a_text_prefix_of_the_tree(folder
     assert run.tokens(1) == [expected_tokens(folder, r, 0.25) for r in then]
     assert all(result["cached_tokens"] == len(text) for result in run.steps[1])
     assert run.steps[2] is True
+
+
+def test_a_row_stands_for_what_is_evicted(folder):
+    """The tuned preset, in chunks, behind a text prefix of the tree, and again once it is gone."""
+    text = "a beginning that is shared "
+    requests = [ask(NAME, "what is this?", 1, 5, seed=i, before=text) for i in range(2)]
+    requests.append(ask(NAME, text + "by text alone", 0, 5))
+    first = [ask(NAME, text, 0, 2)]
+    steps = [{"requests": first}, {"requests": requests}, {"flush": True}, {"requests": requests}]
+    environ = {"VLCACHE_PRESET": "tuned", "VLCACHE_BUDGET": "0.25"}
+    run = run_engine(folder, [*steps, {"flush": True}], environ, chunked_prefill_size=32)
+    expected = [expected_tokens(folder, r, **asdict(TUNED)) for r in requests]
+    assert run.tokens(1) == run.tokens(3) == expected
+    without = asdict(replace(TUNED, remainder="none"))
+    assert expected[:2] != [expected_tokens(folder, r, **without) for r in requests[:2]]
+    assert all(result["cached_tokens"] == len(text) for result in run.steps[1])
+    assert run.steps[2] is run.steps[4] is True
+    assert "remainder='mean'" in run.log
 
 
 def test_an_answer_does_not_depend_on_what_the_tree_holds(folder):

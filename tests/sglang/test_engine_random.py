@@ -1,12 +1,17 @@
 """A thousand random requests: each answers as it would alone, and every slot comes back."""
 
+import json
 import random
+from dataclasses import asdict
 
 import pytest
-from engine import ask, expected_tokens, run_engine
+from engine import TUNED, ask, expected_tokens, run_engine
 from tiny_checkpoints import save_qwen2_5_vl
 
+from vlcache_triton.recipe.config import VLCacheConfig
+
 NAME = "qwen2_5_vl"
+PAPER = VLCacheConfig(budget=0.25)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +40,7 @@ def random_requests(count: int, rng: random.Random) -> list[dict]:
     return requests
 
 
-def serve_random(folder, part: int, count: int) -> tuple[int, int]:
+def serve_random(folder, part: int, count: int, config: VLCacheConfig) -> tuple[int, int]:
     """(requests compared, of which whole), of a server that is drawn like its requests."""
     rng = random.Random(part)
     requests = random_requests(count, rng)
@@ -43,7 +48,7 @@ def serve_random(folder, part: int, count: int) -> tuple[int, int]:
     run = run_engine(
         folder,
         [*waves, {"flush": True}],
-        {"VLCACHE_BUDGET": "0.25"},
+        {"VLCACHE_CONFIG": json.dumps(asdict(config))},
         seconds=900 + 30 * count,
         max_total_tokens=rng.randint(240, 420),
         chunked_prefill_size=rng.randint(37, 70),
@@ -60,20 +65,23 @@ def serve_random(folder, part: int, count: int) -> tuple[int, int]:
         if result["retractions"] and request["images"]:
             continue  # the outputs it had given were prefilled again, over the whole prompt
         # One new token comes from the prefill alone, and nothing is compressed for it.
-        expected = expected_tokens(folder, request, 0.25)
+        expected = expected_tokens(folder, request, **asdict(config))
         assert tokens == expected[: len(tokens)], request
         compared, whole = compared + 1, whole + is_whole
     return compared, whole
 
 
 def test_random_requests_answer_as_they_would_alone(folder):
-    compared, whole = serve_random(folder, part=0, count=25)
+    compared, whole = serve_random(folder, part=0, count=25, config=PAPER)
     assert compared > 20 and whole > 15
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(10))
-def test_a_thousand_random_requests_answer_as_they_would_alone(folder, part):
-    compared, whole = serve_random(folder, part, count=100)
+@pytest.mark.parametrize(
+    "part, config", [*((i, PAPER) for i in range(10)), *((i, TUNED) for i in range(10, 14))]
+)
+def test_a_thousand_random_requests_answer_as_they_would_alone(folder, part, config):
+    """And four hundred under the tuned preset, with a row for what is evicted."""
+    compared, whole = serve_random(folder, part, 100, config)
     print(f"part {part}: {compared} of 100 compared, {whole} of them to their end")
     assert compared > 80 and whole > 60

@@ -35,6 +35,7 @@ LAYERS, HEADS, KV_HEADS, D = 3, 4, 2, 16
 WIDTH = 96  # of req_to_token
 CONFIG = VLCacheConfig(budget=0.3)
 TUNED = VLCacheConfig.tuned(0.3)  # with a row for what is evicted
+SKEWED = VLCacheConfig(budget=0.36, remainder="mean", min_layer_budget=0.0)
 
 
 class Server:
@@ -172,14 +173,15 @@ def test_a_batch_measures_each_image_prompt_as_if_alone():
         CONFIG,
         TUNED,
         VLCacheConfig.tuned(0.3, granularity="kv_head"),
-        # Some layers keep one row, a token, or all: neither has a row for what is evicted.
-        VLCacheConfig(budget=0.4, remainder="mean", min_layer_budget=0.0, threshold=0.5),
+        SKEWED,
     ],
 )
 @pytest.mark.parametrize("kernels", ["reference", "triton"])
 def test_decoding_over_packed_prompts_reads_what_was_kept(kernels, config):
     """A packed prompt, a text prompt, and a packed one whose first tokens the tree owns."""
     server = Server(kernels, config)
+    if config == SKEWED:  # one layer keeps a single token, another all: they have no such row
+        server.q *= torch.tensor([400, 8, 0]).view(-1, 1, 1, 1, 1)
     reqs = [
         fake_request("a", 1, 50, (5, 30)),
         fake_request("text", 2, 20, None),
@@ -198,6 +200,10 @@ def test_decoding_over_packed_prompts_reads_what_was_kept(kernels, config):
     packed = [prompt.rid for prompt in prompts]
     assert packed == ["a", "b"]
     assert plan.keep[:, 0].unique().numel() > 1, "layers should differ, or packing is not tested"
+    if config == SKEWED:
+        assert (
+            plan.keep[:, 0].tolist() == [1, 3, 50] and (plan.evicted > 0).any(2).sum(0).eq(1).all()
+        )
     for req in (reqs[0], reqs[2]):  # give the rest away, and overwrite it
         server.table.free_evicted(req, server.req_to_token, server.allocator)
     free = server.allocator.is_free.nonzero().flatten()
