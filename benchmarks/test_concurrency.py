@@ -6,6 +6,7 @@ the other, and the captured step then decodes all of them at once. Nothing is co
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 
 import llava
@@ -16,6 +17,7 @@ from test_end_to_end import between, now, synchronise
 from transformers import PreTrainedModel
 
 from vlcache_triton.integrations.transformers import Session, VLCache, vl_cache
+from vlcache_triton.pool.packed import PackedCache
 from vlcache_triton.pool.ragged import RaggedCache
 
 LENGTH = 8192 if HAS_GPU else 60
@@ -34,18 +36,15 @@ class Pool:
     def __init__(self, session: Session, num_prompts: int, first: RaggedCache) -> None:
         self.rows = segment_rows(first)
         self.cache: VLCache = session.new_cache(NEW_TOKENS)
-        num_layers, num_segments = first.seqused_k.shape
-        self.ragged = session.graphs.allocate(
-            self.cache,
-            num_prompts * self.rows,
-            LENGTH + NEW_TOKENS,
-            num_layers,
-            num_prompts * num_segments,
-            num_segments,
-            first.k,
-            first.v,
-            first.backend,
+        shape = dataclasses.replace(
+            first.shape,
+            num_seqs=num_prompts,
+            capacity=num_prompts * self.rows,
+            max_seqlen_k=LENGTH + NEW_TOKENS,
         )
+        packed = PackedCache([0] * num_prompts, LENGTH)
+        packed.ragged = self.ragged = session.allocator.allocate(shape, first.backend, packed)
+        self.cache.contents.state = packed
         self.num_prompts = self.num_segments = 0
         self.ragged.room = NEW_TOKENS
 
@@ -63,7 +62,6 @@ class Pool:
 
     def decode(self, model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
         """NEW_TOKENS - 1 captured steps for all prompts at once; `[num_prompts, NEW_TOKENS]`."""
-        self.cache.ragged, self.cache.num_seen = self.ragged, LENGTH
         chosen = [tokens]
         for step in range(NEW_TOKENS - 1):
             if step == SETTLED:

@@ -24,7 +24,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from vlcache_triton.integrations.transformers import VLCache, vl_cache
+from vlcache_triton.integrations.transformers import vl_cache
+from vlcache_triton.integrations.transformers.contents import Contents
 from vlcache_triton.integrations.transformers.names import CACHE
 
 NEW_TOKENS = 100 if HAS_GPU else 12
@@ -60,15 +61,15 @@ class Stopwatch:
     def watch(self) -> Iterator[None]:
         """Watch one generate."""
         hook = self.model.register_forward_hook(self._forward_done)
-        compress = VLCache.compress_layer
+        compress = Contents.add_layer
 
-        def timed(cache: VLCache, *args: Any) -> None:
+        def timed(contents: Contents, *args: Any) -> None:
             before = now()
-            compress(cache, *args)
+            compress(contents, *args)
             self.compressing.append((before, now()))
 
         try:
-            with mock.patch.object(VLCache, "compress_layer", timed):
+            with mock.patch.object(Contents, "add_layer", timed):
                 self.start = now()
                 yield
                 self.end = now()

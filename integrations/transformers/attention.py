@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar
-
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from vlcache_triton.recipe.prompt import Prompt
-
+from .layers import PromptLength, layer_of
 from .prefill import prefill_attention
 
 NAME = "vlcache"  # Transformers looks for "flash", "sdpa", "paged|" in such names: avoid them
-
-# The prompt that the running forward pass prefills into an empty VLCache. The mask function is
-# told nothing of the cache; with this it knows that prefill_attention needs no mask.
-prefilling: ContextVar[Prompt | None] = ContextVar("prefilling", default=None)
 
 
 def vlcache_attention(
@@ -35,7 +28,7 @@ def vlcache_attention(
     query `[num_seqs, num_heads, n, d]`, key and value `[num_seqs, num_kv_heads, n_k, d]`, after
     RoPE. Returns `[num_seqs, n, num_heads, d_v]`.
     """
-    layer = getattr(key, "vlcache_layer", None)  # set by VLCacheLayer.update, a line before
+    layer = layer_of(key)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if kwargs.get("softcap") is not None:  # SDPA would ignore it
         raise NotImplementedError(f"softcap: got {kwargs['softcap']}, expected None with vl_cache")
@@ -44,15 +37,15 @@ def vlcache_attention(
             layer.check_mask(bias)
     if layer is not None and (decoded := layer.attend(query, key, value, scale)) is not None:
         return decoded, None
-    prompt = prefilling.get()
+    prompt = None if layer is None else layer.prompt
     is_dense = attention_mask is None and dropout == 0 and query.shape[2] == key.shape[2]
-    if layer is not None and prompt is not None and is_dense:
+    if prompt is not None and is_dense:
         out = prefill_attention(query, key, value, prompt, scale)
     else:
         out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if layer is not None and prompt is not None:
+    if prompt is not None:
         layer.observe(query, scale)
     return out, None
 
@@ -66,10 +59,10 @@ def vlcache_mask(
     mask_function=causal_mask_function,
     **kwargs,
 ) -> Tensor | None:
-    """SDPA's mask. None for a compressed cache, which reports a key length of 0, and for the plain
-    causal prefill of a prompt."""
+    """SDPA's mask. None for a packed cache, which reports a key length of 0, and for the plain
+    causal prefill of a prompt, which prefill_attention does without one."""
     is_causal_prefill = (
-        prefilling.get() is not None
+        isinstance(kv_length, PromptLength)
         and mask_function is causal_mask_function
         and q_length == kv_length
     )

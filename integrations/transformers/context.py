@@ -16,9 +16,9 @@ from vlcache_triton.recipe.policies import VL_CACHE, Policy
 
 from .attention import NAME, register
 from .cache import MAX_HEAD_ROOM
-from .graph import graphed_forward
-from .names import CACHE, rename_cache
-from .passes import check_cache, hook_passes, models_of, named_arguments
+from .forward import graphed_forward
+from .names import CACHE, named_arguments, rename_cache
+from .passes import check_cache, pass_announcer, pass_closer
 from .session import Session
 from .support import (
     check_choices,
@@ -26,6 +26,7 @@ from .support import (
     check_kind,
     check_mode,
     check_model,
+    models_of,
     warn_of_version,
 )
 
@@ -88,6 +89,10 @@ def vl_cache(
         _override(model, "generate_batch", _refuse_generate_batch, undo)
         for part in models_of(model):  # BLIP-2's generate is one of its language model
             _override(part, "__deepcopy__", _refuse_deepcopy, undo)
+            announce, close = pass_announcer(session), pass_closer(session)
+            undo.callback(part.register_forward_pre_hook(announce, with_kwargs=True).remove)
+            hook = part.register_forward_hook(close, with_kwargs=True, always_call=True)
+            undo.callback(hook.remove)
             if not part.can_generate():
                 continue
             _override(part, "generate", _checked_generate(part, session), undo)
@@ -95,7 +100,6 @@ def vl_cache(
             _override(part, "_prepare_cache_for_generation", prepare, undo)
         if cuda_graph:
             _override(model, "forward", graphed_forward(session.graphs, model.forward), undo)
-        hook_passes(model, session, undo)
         # On the internal attribute: the public setter would pass it on to the vision tower.
         previous = text_config._attn_implementation_internal
         undo.callback(setattr, text_config, "_attn_implementation_internal", previous)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,14 +19,43 @@ from transformers import (
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from vlcache_triton.pool.allocator import PoolAllocator
+
 from .cache import VLCache
-from .graph import DecodeGraphs, Loan, run_model
-from .names import CACHE
+from .graph import DecodeGraphs, Step
+from .names import CACHE, decode_forward, prefill_logits
 
 # Warpers that look at the scores alone, so that a captured step may call them.
 STATIC_WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 # Steps that the host runs ahead of what it has read back; window rings can take back 16.
 LAG = 4
+
+
+class Sampling:
+    """How the next token is chosen, and which of them end a sequence.
+
+    key: equal where a captured step does the same.
+    """
+
+    def __init__(self, config: Any, processors: Sequence[Any]) -> None:
+        penalties = [x for x in processors if type(x) is RepetitionPenaltyLogitsProcessor]
+        self.processor = penalties[0] if penalties else None
+        self.penalty = None if self.processor is None else self.processor.penalty
+        self.warpers = [x for x in processors if x not in penalties]
+        self.do_sample = config.do_sample
+        eos = config.eos_token_id
+        self.eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        self.pad = config.pad_token_id if config.pad_token_id is not None else (self.eos or [0])[0]
+        warpers = str([vars(x) for x in self.warpers])
+        self.key = self.do_sample, tuple(self.eos), self.pad, self.penalty, warpers
+
+    def penalised(self, prompt_ids: Tensor, logits: Tensor) -> Tensor | None:
+        """The tokens that a repetition penalty counts as seen, `[num_seqs, vocab_size]` bool: it
+        knows of pads and of prompts to ignore. None without one."""
+        if self.processor is None:
+            return None
+        ones = torch.ones_like(logits, dtype=torch.float32)
+        return self.processor(prompt_ids.to(logits.device), ones) != 1.0
 
 
 class TokenStep:
@@ -37,26 +68,16 @@ class TokenStep:
     """
 
     def __init__(
-        self,
-        loan: Loan,
-        forward: Callable[..., Any],
-        position_ids: Tensor,
-        warpers: Sequence[Any],
-        penalty: float | None,
-        config: Any,
+        self, forward: Callable[..., Any], sampling: Sampling, position_ids: Tensor
     ) -> None:
-        self.loan, self.forward, self.do_sample = loan, forward, config.do_sample
-        self.warpers, self.penalty = warpers, penalty
+        self.forward, self.sampling = forward, sampling
         num_seqs, device = position_ids.shape[-2], position_ids.device
         self.input_ids = torch.zeros(num_seqs, 1, dtype=torch.long, device=device)
         self.position_ids = position_ids.contiguous().clone()
         self.finished = torch.zeros(num_seqs, dtype=torch.bool, device=device)
         self.penalised: Tensor | None = None
-        eos = config.eos_token_id
-        eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        pad = config.pad_token_id if config.pad_token_id is not None else (eos or [0])[0]
-        self.eos = torch.tensor(eos, dtype=torch.long, device=device)
-        self.pad = torch.tensor(pad, dtype=torch.long, device=device)
+        self.eos = torch.tensor(sampling.eos, dtype=torch.long, device=device)
+        self.pad = torch.tensor(sampling.pad, dtype=torch.long, device=device)
 
     def start(self, position_ids: Tensor, logits: Tensor, seen: Tensor | None) -> None:
         """Take the first token from the prompt's logits; position_ids are that token's, `seen` the
@@ -70,21 +91,21 @@ class TokenStep:
                 self.penalised.copy_(seen)
         self._choose(logits)
 
-    def run(self) -> None:
+    def run(self, cache: VLCache) -> None:
         """Read a token, choose the next, and move on by one position."""
-        output = run_model(self.loan, self.forward, self.input_ids, self.position_ids)
+        output = decode_forward(self.forward, cache, self.input_ids, self.position_ids)
         self.position_ids += 1
         self._choose(output.logits[:, -1])
 
     def _choose(self, logits: Tensor) -> None:
         scores = logits.float()
         if self.penalised is not None:
-            penalty: Any = self.penalty
+            penalty: Any = self.sampling.penalty
             lowered = torch.where(scores < 0, scores * penalty, scores / penalty)
             scores = torch.where(self.penalised, lowered, scores)
-        for warper in self.warpers:
+        for warper in self.sampling.warpers:
             scores = warper(self.input_ids, scores)
-        if self.do_sample:
+        if self.sampling.do_sample:
             tokens = torch.multinomial(scores.softmax(-1), 1).squeeze(1)
         else:
             tokens = scores.argmax(-1)
@@ -125,100 +146,93 @@ class Readback:
         return tokens, bool(finished.all())
 
 
-def lean_loop(
-    graphs: DecodeGraphs,
-    whole: Any,
-    forward: Callable[..., Any],
-    on_tokens: Callable[[Tensor], None] | None,
-) -> Callable[..., Tensor]:
+@dataclass(frozen=True)
+class LeanLoop:
     """A decoding method for `generate(custom_generate=...)`, which does all the preparation.
 
-    whole: the model that `forward` is of.
+    forward: of `model`, without hooks.
+    on_tokens: called with each step's tokens, `[num_seqs]` int64 on the host, in order.
     """
 
-    def decode(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        if model is not whole:  # as BLIP-2, whose generate is one of its language model
+    model: Any
+    forward: Callable[..., Any]
+    graphs: DecodeGraphs
+    allocator: PoolAllocator
+    on_tokens: Callable[[Tensor], None] | None
+
+    def __call__(self, model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        """The prompt's pass, then one step after another; `[num_seqs, prompt + new]`."""
+        if model is not self.model:  # as BLIP-2, whose generate is one of its language model
             raise NotImplementedError(
-                f"session.generate: got {type(whole).__name__}, which has {type(model).__name__}"
-                " generate, expected a model that does so itself (model.generate has the others)"
+                f"session.generate: got {type(self.model).__name__}, which has"
+                f" {type(model).__name__} generate, expected a model that does so itself"
+                " (model.generate has the others)"
             )
         config, cache = kwargs.pop("generation_config"), kwargs[CACHE]
-        processors = static_warpers(kwargs.pop("logits_processor"))
+        sampling = Sampling(config, static_warpers(kwargs.pop("logits_processor")))
         check_stopping(kwargs.pop("stopping_criteria"))
-        _take_over(cache, graphs)
-        penalties = [x for x in processors if type(x) is RepetitionPenaltyLogitsProcessor]
-        penalty = penalties[0].penalty if penalties else None
-        warpers = [x for x in processors if x not in penalties]
-        num_new = config.max_length - input_ids.shape[1]
-        output = model._prefill(input_ids, config, kwargs)
-        logits = output.logits[:, -1]
+        self._take_over(cache)
+        logits = prefill_logits(model, input_ids, config, kwargs)
+        step = self._first_step(cache, sampling, input_ids, logits)
+        del logits
+        new_tokens = self._run_ahead(step, cache, config.max_length - input_ids.shape[1])
+        return torch.cat([input_ids, new_tokens.to(input_ids.device)], 1)
+
+    def _take_over(self, cache: VLCache) -> None:
+        """Have the prompt packed for captured steps, even a whole one."""
+        is_ours = cache.contents.allocator is self.allocator
+        if not is_ours and cache.packed is None and cache.get_seq_length() > 0:
+            raise ValueError(
+                f"{CACHE}: got a whole cache that another loop has filled, expected an empty one,"
+                " a compressed one, or one that session.generate has filled"
+            )
+        cache.pack_into(self.allocator)
+
+    def _first_step(
+        self, cache: VLCache, sampling: Sampling, prompt_ids: Tensor, logits: Tensor
+    ) -> Step[TokenStep]:
+        """The step that decodes on this cache, the first token chosen by the prompt's logits."""
+        assert cache.packed is not None
         position_ids = _next_position(cache, logits)
         position_ids = position_ids.expand(*position_ids.shape[:-2], len(logits), 1)
-        seen = _penalised(penalties[0], input_ids, logits) if penalties else None
-
-        def make(loan: Loan) -> TokenStep:
-            return TokenStep(loan, forward, position_ids, warpers, penalty, config)
-
-        key = (
-            "token",
-            position_ids.shape,
-            config.do_sample,
-            str(config.eos_token_id),
-            config.pad_token_id,
-            penalty,
-            str([vars(x) for x in warpers]),
+        step = self.graphs.step(
+            cache.packed.ragged,
+            ("token", position_ids.shape, sampling.key),
+            lambda: TokenStep(self.forward, sampling, position_ids),
         )
-        step = graphs.step(cache, key, make)
-        assert step is not None and isinstance(step.body, TokenStep)
-        step.body.start(position_ids, logits, seen)
-        del output, logits
-        readback, tokens = Readback(step.body), []
+        step.body.start(position_ids, logits, sampling.penalised(prompt_ids, logits))
+        return step
+
+    def _run_ahead(self, step: Step[TokenStep], cache: VLCache, num_new: int) -> Tensor:
+        """Launch steps up to LAG ahead of what is read back, until all sequences have met their
+        end: `[num_seqs, num_new at most]`, of which the step has chosen the first."""
+        packed, readback = cache.packed, Readback(step.body)
+        assert packed is not None
         readback.push()
+        tokens: list[Tensor] = []
         num_launched, is_done = 1, False
         while (len(readback) or num_launched < num_new) and not is_done:
             if len(readback) <= LAG and num_launched < num_new:
-                cache.begin_step(1)
-                step.launch()
-                cache.end_step()
+                packed.begin_step(1)
+                step.launch(packed.places, functools.partial(step.body.run, cache))
+                packed.end_step()
                 readback.push()
                 num_launched += 1
                 continue
             chosen, is_done = readback.pop()
             tokens.append(chosen)
-            if on_tokens is not None:
-                on_tokens(chosen)
-        cache.take_back(num_launched - len(tokens))
-        new_tokens = torch.stack(tokens, 1).to(input_ids.device)
-        return torch.cat([input_ids, new_tokens], 1)
-
-    return decode
+            if self.on_tokens is not None:
+                self.on_tokens(chosen)
+        packed.take_back(num_launched - len(tokens))
+        return torch.stack(tokens, 1)
 
 
 def _next_position(cache: VLCache, logits: Tensor) -> Tensor:
     """`[..., num_seqs, 1]`: behind the last that the prompt's pass was given. Where it was given
     none, models count the tokens in the cache, pads included."""
     if cache.position_ids is None:
-        return torch.full((1, 1), cache.num_seen, device=logits.device)
+        return torch.full((1, 1), cache.get_seq_length(), device=logits.device)
     return cache.position_ids + 1
-
-
-def _take_over(cache: VLCache, graphs: DecodeGraphs) -> None:
-    """Have the prompt packed for these graphs, even a whole one."""
-    if cache.graphs is not graphs and cache.ragged is None and cache.get_seq_length() > 0:
-        raise ValueError(
-            f"{CACHE}: got a whole cache that another loop has filled, expected an empty one, a"
-            " compressed one, or one that session.generate has filled"
-        )
-    cache.decode_with(graphs)
-
-
-def _penalised(
-    penalty: RepetitionPenaltyLogitsProcessor, prompt_ids: Tensor, logits: Tensor
-) -> Tensor:
-    """The tokens that the processor counts as seen, `[num_seqs, vocab_size]` bool: it knows of
-    pads and of prompts to ignore."""
-    ones = torch.ones_like(logits, dtype=torch.float32)
-    return penalty(prompt_ids.to(logits.device), ones) != 1.0
 
 
 def static_warpers(processors: Sequence[Any]) -> list[Any]:

@@ -3,48 +3,48 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-if TYPE_CHECKING:
-    from .cache import VLCache
+from vlcache_triton.pool.rings import WindowRings
+from vlcache_triton.recipe.prompt import Prompt
+
+from .contents import Contents, Empty
 
 
-class OwnedLayer:
-    """A layer of a VLCache. The attention function finds it on the key tensor it is handed."""
+# Transformers tells its attention and mask functions nothing of the cache. What the layers hand to
+# them does: keys lead to their layer (`layer_of`), and the number of keys has a type that says
+# whether a prompt is being read. Nothing else is hidden, and nothing has to be taken back.
+class PromptLength(int):
+    """The number of keys that a layer reports to the mask function while it reads a prompt."""
+
+
+class ContentsLayer:
+    """A layer of a VLCache, whose contents say what state it is in; `index` counts the layers of a
+    kind. The attention function finds it on the key tensor that `update` returns (`layer_of`)."""
 
     is_croppable = False
-
-    def belong_to(self, owner: VLCache, index: int) -> None:
-        """Weakly, so that a cache that is dropped frees its memory at once; `index` counts the
-        layers of a kind."""
-        self._owner = weakref.ref(owner)
-        self.index = index
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the owner: who copies or loads a layer says whose it is."""
-        return {name: x for name, x in vars(self).items() if name != "_owner"}
+    contents: Contents
+    index: int
 
     @property
-    def owner(self) -> VLCache:
-        """The cache that this is a layer of."""
-        owner = self._owner()
-        if owner is None:
-            raise RuntimeError("VLCacheLayer: its VLCache is gone, expected it to be kept alive")
-        return owner
+    def prompt(self) -> Prompt | None:
+        """The prompt that is being read, if one is."""
+        reading = self.contents.reading
+        return None if reading is None else reading.prompt
 
     def check_mask(self, mask: Tensor) -> None:
         """Refuse a mask or bias that a language model hands to its attention, where compression
         would not know of it. (Boolean ones of a prompt are Transformers' own, such as Gemma3's,
         whose images see all of themselves.)"""
-        owner = self.owner
-        if owner.ragged is not None or (owner.will_pack and mask.dtype != torch.bool):
+        is_packed = self.contents.packed is not None
+        if is_packed or (self.contents.reading is not None and mask.dtype != torch.bool):
             raise NotImplementedError(
                 f"attention_mask: got {mask.dtype} {list(mask.shape)} in the attention of a layer"
-                f" {'that is compressed' if owner.ragged is not None else 'to be compressed'},"
+                f" {'that is compressed' if is_packed else 'to be compressed'},"
                 " expected None: VL-Cache has no additive bias and no mask"
             )
 
@@ -61,26 +61,26 @@ class OwnedLayer:
         raise NotImplementedError("VLCache: got an offloaded cache, expected one on the device")
 
 
-class VLCacheLayer(OwnedLayer, DynamicLayer):
+class VLCacheLayer(ContentsLayer, DynamicLayer):
     """A full-attention layer: the ones that are compressed."""
 
-    def __init__(self, owner: VLCache, index: int) -> None:
+    def __init__(self, contents: Contents, index: int) -> None:
         super().__init__()
-        self.belong_to(owner, index)
+        self.contents, self.index = contents, index
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """Store a step's K and V `[num_seqs, num_kv_heads, n, d]`; what to attend to comes back."""
-        owner = self.owner
-        if owner.ragged is not None:
-            owner.check_step(key_states.shape[2])
-            owner.ragged.append(self.index, key_states, value_states)
+        packed = self.contents.packed
+        if packed is not None:
+            packed.check_rows(key_states.shape[2])
+            packed.ragged.append(self.index, key_states, value_states)
             return _tagged(key_states, self), value_states
-        if owner.prompt is None:
+        if isinstance(self.contents.state, Empty):
             raise RuntimeError(
                 "VLCache: got rows of a prompt that nobody announced, expected a forward pass"
                 " inside a vl_cache block"
             )
-        if not owner.will_pack or self.keys is not None:
+        if self.contents.reading is None or self.keys is not None:
             keys, values = super().update(key_states, value_states, *args, **kwargs)
             return _tagged(keys, self), values
         # Borrowed, not copied: compression soon takes what it keeps.
@@ -91,76 +91,93 @@ class VLCacheLayer(OwnedLayer, DynamicLayer):
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, softmax_scale: float
     ) -> Tensor | None:
-        """Attention over the compressed cache `[num_seqs, n, num_heads, d_v]`; None while dense."""
-        ragged = self.owner.ragged
-        return None if ragged is None else ragged.attend(self.index, query, softmax_scale)
+        """Attention over the packed cache `[num_seqs, n, num_heads, d_v]`; None before."""
+        packed = self.contents.packed
+        return None if packed is None else packed.ragged.attend(self.index, query, softmax_scale)
 
     def observe(self, query: Tensor, softmax_scale: float) -> None:
-        """Hand the prompt's K, V and query rows to compression, where there is to be any."""
-        owner = self.owner
-        if owner.will_pack:
-            assert self.keys is not None and self.values is not None
-            # By row, as projections and RoPE leave them behind: views.
-            k, v = (x.detach().transpose(1, 2).flatten(0, 1) for x in (self.keys, self.values))
-            self.keys = self.values = None
-            owner.compress_layer(k, v, query, softmax_scale)
+        """Hand K, V and query rows of the prompt that is being read to compression."""
+        assert self.keys is not None and self.values is not None
+        # By row, as projections and RoPE leave them behind: views.
+        k, v = (x.detach().transpose(1, 2).flatten(0, 1) for x in (self.keys, self.values))
+        self.keys = self.values = None
+        self.contents.add_layer(k, v, query, softmax_scale)
 
     def get_seq_length(self) -> Any:
         """Tokens seen, not tokens kept: positions go on from here. During a step of a model with
         windows a scalar on the device: Llama4's layers scale by it, also when captured."""
-        owner = self.owner
-        if owner.windows is not None and owner.is_in_step:
-            return owner.windows.seen
-        return owner.num_seen if self.keys is None else super().get_seq_length()
+        packed, reading = self.contents.packed, self.contents.reading
+        if packed is not None:
+            if packed.rings is not None and packed.step_rows > 0:
+                return packed.rings.seen
+            return packed.num_seen
+        if self.keys is None:  # nothing yet, or handed over
+            return 0 if reading is None else reading.num_past
+        return super().get_seq_length()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(0, 0) once compressed, for which the mask function makes no mask."""
-        is_ragged = self.owner.ragged is not None
-        return (0, 0) if is_ragged else (self.get_seq_length() + query_length, 0)
+        """(0, 0) once packed, for which the mask function makes no mask."""
+        if self.contents.packed is not None:
+            return 0, 0
+        length = self.get_seq_length() + query_length
+        return (length if self.contents.reading is None else PromptLength(length)), 0
 
 
-class WindowLayer(OwnedLayer, DynamicSlidingWindowLayer):
+class WindowLayer(ContentsLayer, DynamicSlidingWindowLayer):
     """A sliding or chunked layer: not compressed. As Transformers makes it, until the prompt has
     been packed for captured steps; then in `WindowRings`."""
 
-    def __init__(self, owner: VLCache, index: int, window: int) -> None:
+    def __init__(self, contents: Contents, index: int, window: int) -> None:
         super().__init__(window)
-        self.belong_to(owner, index)
+        self.contents, self.index = contents, index
+
+    @property
+    def rings(self) -> WindowRings | None:
+        """Where its rows are, once they are not in the layer."""
+        return None if self.contents.packed is None else self.contents.packed.rings
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """Store a step's K and V `[num_seqs, num_kv_heads, n, d]`; what to attend to comes back."""
-        owner = self.owner
-        if owner.windows is None:
+        packed = self.contents.packed
+        if packed is None or packed.rings is None:
             keys, values = super().update(key_states, value_states, *args, **kwargs)
             kept = self.keys, self.values
             assert kept[0] is not None and kept[1] is not None
             if 2 * kept[0].shape[2] <= keys.shape[2]:  # views, which would keep all of a prompt
                 self.keys, self.values = kept[0].clone(), kept[1].clone()
             return keys, values
-        owner.check_step(key_states.shape[2])
-        keys, values = owner.windows.append(self.index, key_states, value_states)
+        packed.check_rows(key_states.shape[2])
+        keys, values = packed.rings.append(self.index, key_states, value_states)
         return _tagged(keys, self), values
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, softmax_scale: float) -> Tensor:
         """Attention within the window `[num_seqs, n, num_heads, d_v]`."""
-        windows = self.owner.windows
-        assert windows is not None
-        return windows.attend(query, key, value, softmax_scale)
+        assert self.rings is not None
+        return self.rings.attend(query, key, value, softmax_scale)
 
     def get_seq_length(self) -> int:
         """Tokens seen: positions go on from here."""
-        return super().get_seq_length() if self.owner.windows is None else self.owner.num_seen
+        packed = self.contents.packed
+        if packed is None or packed.rings is None:
+            return super().get_seq_length()
+        return packed.num_seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(0, 0) for a ring, whose mask is its own."""
-        return (0, 0) if self.owner.windows is not None else super().get_mask_sizes(query_length)
+        return super().get_mask_sizes(query_length) if self.rings is None else (0, 0)
 
 
-def _tagged(key: Tensor, layer: OwnedLayer) -> Tensor:
-    """A view of key that carries its cache layer to the attention function.
+def _tagged(key: Tensor, layer: ContentsLayer) -> Tensor:
+    """A view of key that leads the attention function to its cache layer.
 
-    A view, as the layer holds the tensor itself: a tag on that would keep both alive in a cycle.
+    A view, as the layer holds the tensor itself; and weakly, as a tensor that outlives the pass
+    would keep the cache's memory.
     """
     view = key.view_as(key)
-    view.vlcache_layer = layer  # type: ignore[attr-defined]
+    view.vlcache_layer = weakref.ref(layer)  # type: ignore[attr-defined]
     return view
+
+
+def layer_of(key: Tensor) -> Any:
+    """The layer whose `update` has returned these keys; None of others."""
+    return getattr(key, "vlcache_layer", lambda: None)()

@@ -1,10 +1,13 @@
-"""What the installed Transformers calls the KV cache: seen in it, not told by its version."""
+"""How the installed Transformers is spoken to: what it calls the KV cache, as seen in it and not
+told by its version, and how its forward passes are called."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from transformers import GenerationMixin
 
 # The argument of forward passes, and the key of their outputs, that is a `Cache`:
@@ -35,3 +38,28 @@ def rename_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     if given:
         renamed[CACHE] = kwargs[given[0]]
     return renamed
+
+
+def named_arguments(function: Callable[..., Any], args: tuple, kwargs: dict) -> dict[str, Any]:
+    """All arguments of a call by their names, the cache by the one that Transformers gives it."""
+    if args:
+        kwargs = {**dict(zip(inspect.signature(function).parameters, args, strict=False)), **kwargs}
+    return rename_cache(kwargs)
+
+
+def decode_forward(
+    forward: Callable[..., Any], cache: Any, input_ids: Tensor, position_ids: Tensor
+) -> Any:
+    """A model's forward pass of one decode step over a cache."""
+    return forward(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        use_cache=True,
+        return_dict=True,
+        **{CACHE: cache},
+    )
+
+
+def prefill_logits(model: Any, input_ids: Tensor, config: Any, kwargs: dict[str, Any]) -> Tensor:
+    """The prompt's pass as `generate` does it; its last row's logits `[num_seqs, vocab_size]`."""
+    return model._prefill(input_ids, config, kwargs).logits[:, -1]

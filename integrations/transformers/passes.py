@@ -1,59 +1,22 @@
-"""Hooks round forward passes: what comes is announced to the cache before any layer runs."""
+"""What is done before and behind forward passes: the cache is told what comes before any layer
+runs."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from contextlib import ExitStack
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from vlcache_triton.pool.packed import PackedCache
 from vlcache_triton.recipe.prompt import Prompt, left_pads, read_prompt
 
-from .attention import prefilling
 from .cache import VLCache
-from .names import CACHE, rename_cache
-from .support import text_model_of, unobserved
+from .names import CACHE, named_arguments
+from .session import Session
+from .support import unobserved
 from .visual import can_know, vision_input, visual_tokens
-
-if TYPE_CHECKING:
-    from .session import Session
-
-# The model whose pass has been announced: the models within it, which it runs, announce nothing.
-running: ContextVar[PreTrainedModel | None] = ContextVar("running", default=None)
-
-
-def models_of(model: PreTrainedModel) -> list[PreTrainedModel]:
-    """The model and those within it that run its language model, outermost first: any of them may
-    be the one that is called."""
-    text_model = text_model_of(model)
-    return [
-        x
-        for x in model.modules()
-        if isinstance(x, PreTrainedModel) and any(y is text_model for y in x.modules())
-    ]
-
-
-def hook_passes(model: PreTrainedModel, session: Session, undo: ExitStack) -> None:
-    """Have every forward pass of the model announced, until `undo` closes."""
-    undo.callback(prefilling.set, None)
-    undo.callback(running.set, None)
-    for part in models_of(model):
-        before = part.register_forward_pre_hook(_begin(session), with_kwargs=True)
-        undo.callback(before.remove)
-        after = part.register_forward_hook(_end(session), with_kwargs=True, always_call=True)
-        undo.callback(after.remove)
-
-
-def named_arguments(function: Callable[..., Any], args: tuple, kwargs: dict) -> dict[str, Any]:
-    """All arguments of a call by their names, the cache by the one that Transformers gives it."""
-    if args:
-        kwargs = {**dict(zip(inspect.signature(function).parameters, args, strict=False)), **kwargs}
-    return rename_cache(kwargs)
 
 
 def check_cache(cache: Any, session: Session) -> None:
@@ -69,19 +32,19 @@ def check_cache(cache: Any, session: Session) -> None:
         )
 
 
-def _begin(session: Session) -> Any:
+def pass_announcer(session: Session) -> Any:
     """A forward pre-hook: tell the cache about the prompt, or the step, that comes."""
 
     def begin(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         kwargs = named_arguments(model.forward, args, kwargs)
         cache = kwargs.get(CACHE)
         # The lean loop announces its steps itself, and calls the model's forward without hooks.
-        is_lean = model is not session.model and isinstance(cache, VLCache) and cache.is_in_step
-        if running.get() is not None or is_lean:
+        packed = cache.packed if isinstance(cache, VLCache) else None
+        is_lean = model is not session.model and packed is not None and packed.step_rows > 0
+        if session.running.model is not None or is_lean:
             if isinstance(cache, VLCache) and cache.position_ids is None:
                 cache.position_ids = _last(kwargs.get("position_ids"))
             return None
-        prefilling.set(None)
         if model.training:
             raise ValueError("model: got one in training mode, expected model.eval()")
         if cache is None:
@@ -92,56 +55,57 @@ def _begin(session: Session) -> Any:
         check_cache(cache, session)
         session.cache = cache
         session.resume(cache)
-        if cache.ragged is not None:
-            _begin_step(session, cache, kwargs)
+        if cache.packed is not None:
+            _begin_step(session, cache, cache.packed, kwargs)
         else:
             _begin_prompt(session, cache, kwargs)
-            # A lossless prompt takes the stock path, bit for bit.
-            prefilling.set(cache.prompt if cache.will_pack else None)
         cache.position_ids = _last(kwargs.get("position_ids"))
-        running.set(model)
+        session.running.model = model
         return (), kwargs
 
     return begin
 
 
-def _end(session: Session) -> Any:
+def pass_closer(session: Session) -> Any:
     """A forward hook: count the step's tokens, and see that the prompt was compressed."""
 
     def end(model: PreTrainedModel, args: tuple, kwargs: dict, output: Any) -> None:
-        if running.get() is not model:
+        if session.running.model is not model:
             return
-        running.set(None)
-        prefilling.set(None)
+        session.running.model = None
         cache = kwargs.get(CACHE)
-        if output is None or not isinstance(cache, VLCache):  # None: the pass has raised
+        if not isinstance(cache, VLCache):
             return
-        cache.end_step()
+        is_unobserved = cache.contents.stop_reading()
+        if output is None:  # the pass has raised
+            return
+        cache.end_pass()
         cache.rope_deltas = session.rope_state.noted()
-        if cache.will_compress and not cache.is_compressed:
+        if is_unobserved:
             raise unobserved(model)
 
     return end
 
 
-def _begin_step(session: Session, cache: VLCache, kwargs: dict[str, Any]) -> None:
+def _begin_step(
+    session: Session, cache: VLCache, packed: PackedCache, kwargs: dict[str, Any]
+) -> None:
     """Announce rows that come behind a packed prompt."""
-    tokens = _tokens(kwargs)
-    _check_mask(session, cache, kwargs.get("attention_mask"), tokens.shape[1])
+    num_rows, mask = _tokens(kwargs).shape[1], kwargs.get("attention_mask")
+    if mask is not None:
+        _check_mask(packed, mask, num_rows, reads_values=not session.has_read_mask(cache))
     if (name := vision_input(kwargs)) is not None:
         session.say_whole(f"got {name} behind the first prompt of its cache")
-    cache.begin_step(tokens.shape[1])
+    packed.begin_step(num_rows)
 
 
-def _check_mask(session: Session, cache: VLCache, mask: Any, num_rows: int) -> None:
+def _check_mask(packed: PackedCache, mask: Any, num_rows: int, reads_values: bool) -> None:
     """Refuse a mask that hides anything but the prompt's pads: nothing reads it later.
 
     Reading its values waits for the device, so that is done once a `generate`, which goes on with
     ones alone, and at every pass else.
     """
-    if mask is None:
-        return
-    shape = (cache.num_seqs, cache.num_seen + num_rows)
+    shape = (len(packed.pads), packed.num_seen + num_rows)
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         got = f"{mask.ndim} dimensions" if isinstance(mask, Tensor) else type(mask).__name__
         raise NotImplementedError(
@@ -152,12 +116,9 @@ def _check_mask(session: Session, cache: VLCache, mask: Any, num_rows: int) -> N
             f"attention_mask: got shape {list(mask.shape)}, expected {list(shape)}: the tokens"
             " seen before, and those of this pass"
         )
-    if session.has_read_mask(cache):
-        return
-    pads = left_pads(mask)
-    if pads != list(cache.pads):
+    if reads_values and (pads := left_pads(mask)) != list(packed.pads):
         raise ValueError(
-            f"attention_mask: got {pads} left pads, expected {list(cache.pads)}, the prompt's"
+            f"attention_mask: got {pads} left pads, expected {list(packed.pads)}, the prompt's"
         )
 
 

@@ -5,14 +5,12 @@ Transformers keeps that on the model, for the latest prompt alone; here it goes 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
-
-if TYPE_CHECKING:
-    from .cache import VLCache
 
 
 class RopeState:
@@ -26,9 +24,9 @@ class RopeState:
         """Of the pass that has ended: what its cache remembers."""
         return tuple(holder.rope_deltas for holder in self._holders)
 
-    def recall(self, cache: VLCache) -> None:
-        """Before a pass that goes on from what is in the cache; where that is nothing, no other
-        prompt's are left."""
-        for holder, deltas in zip_longest(self._holders, cache.rope_deltas):
+    def recall(self, noted: Sequence[Tensor | None]) -> None:
+        """Before a pass that goes on from what is in a cache, with what that remembers; where it
+        is nothing, no other prompt's are left."""
+        for holder, deltas in zip_longest(self._holders, noted):
             if holder.rope_deltas is not deltas:
                 holder.rope_deltas = deltas

@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 
 from vlcache_triton import VLCacheConfig
 from vlcache_triton.ops import BackendName
+from vlcache_triton.pool.allocator import PoolAllocator
 from vlcache_triton.recipe.policies import Policy
 from vlcache_triton.recipe.report import CompressionReport
 
 from .cache import MAX_HEAD_ROOM, VLCache
-from .generate import check_stopping, lean_loop, static_warpers
+from .generate import LeanLoop, check_stopping, static_warpers
 from .graph import DecodeGraphs
 from .rope_state import RopeState
 from .support import check_lean, describe_model
@@ -37,9 +38,11 @@ class _Run:
 
 
 class _Running(threading.local):
-    """The `generate` that each thread is in."""
+    """The `generate` that each thread is in, and the model whose forward pass has been announced:
+    the models within it, which it runs, announce nothing."""
 
     run: _Run | None = None
+    model: PreTrainedModel | None = None
 
 
 class _Held:
@@ -74,6 +77,7 @@ class Session:
         read none; None before the first. Held until the block ends.
     is_open: False once the block has ended; the report stays.
     graphs: the captured decode steps.
+    allocator: lends the memory that they read.
     made_for: the model, as its caches have it.
     rope_state: what the model notes on itself between the passes of a prompt.
     """
@@ -92,9 +96,10 @@ class Session:
         self.is_open = True  # until the block ends
         self._latest = _Held()
         self._held: WeakKeyDictionary[threading.Thread, _Held] = WeakKeyDictionary()
-        self._own = _Running()
+        self.running = _Running()
         self._has_said_whole = False
         self.graphs = DecodeGraphs(model.device, can_capture=cuda_graph)
+        self.allocator = PoolAllocator()
         self._packs_whole = cuda_graph
         self._forward = model.forward
         self.made_for, self.rope_state = describe_model(model.config), RopeState(model)
@@ -114,7 +119,7 @@ class Session:
             max_new_tokens=max_new_tokens,
             backend=self.backend,
             streaming=self.streaming,
-            graphs=self.graphs if self._packs_whole else None,
+            allocator=self.allocator if self._packs_whole else None,
         )
         self.cache = cache
         return cache  # not self.cache: another thread may have set that by now
@@ -159,7 +164,7 @@ class Session:
         check_lean(self.model, kwargs)
         static_warpers(kwargs.get("logits_processor") or [])
         check_stopping(kwargs.get("stopping_criteria") or [])
-        loop = lean_loop(self.graphs, self.model, self._forward, on_tokens)
+        loop = LeanLoop(self.model, self._forward, self.graphs, self.allocator, on_tokens)
         generate: Any = self.model.generate
         return generate(**kwargs, custom_generate=loop)
 
@@ -169,30 +174,30 @@ class Session:
         cache that it decodes on is the session's at its end. (Guidance reads prompts of its own in
         between.)"""
         if cache is not None:
-            self.rope_state.recall(cache)
-        outer, self._own.run = self._own.run, _Run(input_ids)
+            self.rope_state.recall(cache.rope_deltas)
+        outer, self.running.run = self.running.run, _Run(input_ids)
         try:
             yield
-            self.cache = self._own.run.cache or self.cache
+            self.cache = self.running.run.cache or self.cache
         finally:
-            self._own.run = outer
+            self.running.run = outer
 
     def resume(self, cache: VLCache) -> None:
         """Before each pass: go on where the cache's latest has ended, whichever came between."""
-        if self._own.run is None:  # else once, before `generate` looks at new images
-            self.rope_state.recall(cache)
-        if self._packs_whole and cache.ragged is not None:
-            cache.decode_with(self.graphs)
+        if self.running.run is None:  # else once, before `generate` looks at new images
+            self.rope_state.recall(cache.rope_deltas)
+        if self._packs_whole and cache.packed is not None:
+            cache.pack_into(self.allocator)
 
     def decodes_on(self, cache: VLCache) -> None:
         """Note the cache of the `generate` that is running."""
-        if self._own.run is not None:
-            self._own.run.cache = cache
+        if self.running.run is not None:
+            self.running.run.cache = cache
 
     def ids_of(self, embeddings: Tensor | None) -> Tensor | None:
         """The tokens that the running `generate` was given beside these embeddings
         `[num_seqs, length, hidden_size]`; None where it was given none."""
-        ids = self._own.run.input_ids if self._own.run is not None else None
+        ids = self.running.run.input_ids if self.running.run is not None else None
         if embeddings is None or not isinstance(ids, Tensor) or ids.ndim != 2:
             return None
         num_seqs, length = embeddings.shape[:2]
@@ -203,7 +208,7 @@ class Session:
     def has_read_mask(self, cache: VLCache) -> bool:
         """Whether the `generate` that runs on this cache has had its mask read: from the second
         time it is asked."""
-        run = self._own.run
+        run = self.running.run
         if run is None or run.cache is not cache:
             return False
         had_read, run.has_read_mask = run.has_read_mask, True
@@ -216,11 +221,12 @@ class Session:
             warnings.warn(f"vl_cache: {reason}: these tokens are left whole", stacklevel=3)
 
     def close(self) -> None:
-        """Give caches and lent pools back, as the block ends; reports stay."""
+        """Let caches, captured steps and memory go, as the block ends; reports stay."""
         self.is_open = False
         for held in [self._latest, *self._held.values()]:
             held.let_go()
         self.graphs.clear()
+        self.allocator.clear()
 
     def _check_open(self, name: str) -> None:
         if not self.is_open:

@@ -313,6 +313,17 @@ def text_model_of(model: PreTrainedModel) -> PreTrainedModel:
     return owners[-1]
 
 
+def models_of(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """The model and those within it that run its language model, outermost first: any of them may
+    be the one that is called."""
+    text_model = text_model_of(model)
+    return [
+        x
+        for x in model.modules()
+        if isinstance(x, PreTrainedModel) and any(y is text_model for y in x.modules())
+    ]
+
+
 def _unsupported(config: PreTrainedConfig, reason: str) -> NotImplementedError:
     return NotImplementedError(
         f"model: got one of type {config.model_type!r}, which VL-Cache does not support: {reason}"

@@ -1,5 +1,6 @@
 """The way of a prompt: layers go in, the rows that the plan names come out, and nothing else."""
 
+import dataclasses
 import json
 import math
 
@@ -145,8 +146,9 @@ def test_a_cache_may_be_lent(make, compressible):
     """A lent cache is larger than needed; it is asked for as RaggedCache is."""
     lent = []
 
-    def allocate(capacity, max_seqlen_k, *shape):
-        lent.append(RaggedCache(capacity + 100, max_seqlen_k + 50, *shape))
+    def allocate(shape, backend):
+        sizes = dict(capacity=shape.capacity + 100, max_seqlen_k=shape.max_seqlen_k + 50)
+        lent.append(RaggedCache(dataclasses.replace(shape, **sizes), backend))
         return lent[-1]
 
     prompt = make_prompt([40, 23], [6, 3] if compressible else [0, 0])

@@ -1,6 +1,7 @@
 """The ragged cache against lists of rows and dense fp32 attention; where no row is, poison is."""
 
 import copy
+import dataclasses
 import math
 import pickle
 
@@ -12,7 +13,10 @@ from prompts import CPU, REFERENCE, make_prompt, segment
 from torch import Tensor
 
 from vlcache_triton.pool import ragged as ragged_module
+from vlcache_triton.pool.allocator import MAX_POOLS, PoolAllocator
 from vlcache_triton.pool.ragged import RaggedCache
+from vlcache_triton.pool.rings import WindowRings
+from vlcache_triton.pool.shape import PoolShape, RingShape
 from vlcache_triton.recipe.plan import CompressionPlan
 
 D, D_V = 8, 12
@@ -33,15 +37,18 @@ class Twin:
         self.generator = torch.Generator().manual_seed(seed)
         self.dtype, self.num_kv_heads, self.num_layers = dtype, num_kv_heads, len(keep)
         counts = self._head_keep(keep)
-        num_segments = counts[0].numel()
         self.ragged = RaggedCache(
-            int(counts.sum()) + room * counts.numel(),
-            int(counts.max()) + room,
-            self.num_layers,
-            num_segments,
-            num_kv_heads,
-            torch.empty(0, D, dtype=dtype),
-            torch.empty(0, D_V, dtype=dtype),
+            PoolShape(
+                capacity=int(counts.sum()) + room * counts.numel(),
+                max_seqlen_k=int(counts.max()) + room,
+                num_layers=self.num_layers,
+                num_seqs=counts.shape[1],
+                num_kv_heads=num_kv_heads,
+                head_size=D,
+                v_head_size=D_V,
+                dtype=dtype,
+                device=CPU,
+            ),
             REFERENCE,
         )
         self.fill(keep, room)
@@ -249,7 +256,13 @@ def test_segments_that_keep_nothing():
 
 def lent(ragged):
     """As `copy` into memory that is larger than need be."""
-    return ragged.copy(lambda rows, longest, *rest: RaggedCache(rows + 7, longest + 5, *rest))
+
+    def allocate(shape, backend):
+        capacity, longest = shape.capacity + 7, shape.max_seqlen_k + 5
+        larger = dataclasses.replace(shape, capacity=capacity, max_seqlen_k=longest)
+        return RaggedCache(larger, backend)
+
+    return ragged.copy(allocate)
 
 
 WAYS = {
@@ -341,47 +354,90 @@ def test_bytes_count_both_pools_with_their_room():
     assert ragged.num_seqs == 2
 
 
-def arguments(**changes):
-    usual = dict(
-        capacity=64,
-        max_seqlen_k=16,
-        num_layers=2,
-        num_segments=4,
-        num_kv_heads=2,
-        k_like=torch.empty(0, D),
-        v_like=torch.empty(0, D_V),
-        backend=REFERENCE,
-        has_remainder=False,
-    )
-    return usual | changes
+SHAPE = PoolShape(
+    capacity=64,
+    max_seqlen_k=64,
+    num_layers=2,
+    num_seqs=2,
+    num_kv_heads=2,
+    head_size=D,
+    v_head_size=D_V,
+    dtype=torch.float32,
+    device=CPU,
+    has_remainder=False,
+)
+OTHER_BACKEND = REFERENCE._replace(name="other")
+
+
+class Owner:
+    """Anything that can be referred to weakly."""
 
 
 @pytest.mark.parametrize(
     "change",
     [
         dict(capacity=128),
-        dict(max_seqlen_k=17),
+        dict(max_seqlen_k=65),
         dict(num_layers=3),
-        dict(num_segments=6),
+        dict(num_seqs=3),
         dict(num_kv_heads=4),
-        dict(k_like=torch.empty(0, D + 1)),
-        dict(v_like=torch.empty(0, D)),
-        dict(k_like=torch.empty(0, D, dtype=torch.half)),
-        dict(k_like=torch.empty(0, D, device="meta")),
-        dict(backend=REFERENCE._replace(name="other")),
+        dict(head_size=D + 1),
+        dict(v_head_size=D),
+        dict(dtype=torch.half),
+        dict(device=torch.device("meta")),
+        dict(backend=OTHER_BACKEND),
         dict(has_remainder=True),
     ],
     ids=lambda change: "-".join(change),
 )
 def test_a_cache_fits_only_what_it_was_made_for(change):
-    ragged = RaggedCache(**arguments())
-    assert ragged.fits(**arguments())
-    assert not ragged.fits(**arguments(**change))
+    backend = change.pop("backend", REFERENCE)
+    other = dataclasses.replace(SHAPE, **change)
+    assert RaggedCache(SHAPE, REFERENCE).shape == SHAPE
+    assert RaggedCache(other, REFERENCE).shape == other
+    allocator, owner = PoolAllocator(), Owner()
+    first = allocator.allocate(SHAPE, REFERENCE, owner)
+    owner = Owner()
+    assert allocator.allocate(SHAPE, REFERENCE, owner) is first
+    owner = Owner()
+    assert allocator.allocate(other, backend, owner) is not first
+
+
+def test_what_is_lent_is_lent_to_nobody_else():
+    allocator, owners = PoolAllocator(), [Owner() for _ in range(MAX_POOLS + 2)]
+    lent = [allocator.allocate(SHAPE, REFERENCE, owner) for owner in owners]
+    assert len({ragged.k.data_ptr() for ragged in lent}) == len(owners)
+    del owners[1]
+    assert allocator.allocate(SHAPE, REFERENCE, owners[0]) is lent[1]
+
+
+def test_what_goes_with_a_cache_is_lent_along():
+    """Made where it is new or of another shape; the ragged cache stays the same."""
+    ring = RingShape(
+        num_layers=1,
+        num_seqs=2,
+        num_kv_heads=2,
+        head_size=D,
+        v_head_size=D_V,
+        dtype=torch.float32,
+        device=CPU,
+        window=4,
+        is_chunked=False,
+    )
+    allocator, owner = PoolAllocator(), Owner()
+    first = allocator.allocate(SHAPE, REFERENCE, owner)
+    rings = allocator.attach(WindowRings, ring, owner)
+    owner = Owner()
+    assert allocator.allocate(SHAPE, REFERENCE, owner) is first
+    assert allocator.attach(WindowRings, ring, owner) is rings
+    wider = dataclasses.replace(ring, window=5)
+    assert allocator.attach(WindowRings, wider, owner) is not rings
+    assert allocator.attach(WindowRings, wider, owner).shape == wider
 
 
 def test_more_rows_than_int32_can_count_are_refused():
-    like = torch.empty(0, D, device="meta")
+    meta = torch.device("meta")
     with pytest.raises(ValueError, match=f"^capacity: got {2**31} rows"):
-        RaggedCache(**arguments(capacity=2**31, k_like=like, v_like=like))
-    made = RaggedCache(**arguments(capacity=2**31 - 1, k_like=like, v_like=like))
-    assert len(made.k) == 2**31 - 1
+        RaggedCache(dataclasses.replace(SHAPE, capacity=2**31, device=meta), REFERENCE)
+    most = dataclasses.replace(SHAPE, capacity=2**31 - 1, device=meta)
+    assert len(RaggedCache(most, REFERENCE).k) == 2**31 - 1

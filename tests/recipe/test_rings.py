@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlcache_triton.pool.rings import SPARE, WindowRings
+from vlcache_triton.pool.shape import RingShape, kind_of
 
 HEADS, KV_HEADS, D, D_V, LAYERS = 6, 2, 8, 4, 2
 PADS = (0, 3)
@@ -46,6 +47,11 @@ class Dense:
         return out
 
 
+def ring_shape(k, v, **sizes):
+    usual = dict(num_layers=LAYERS, num_seqs=len(k), num_kv_heads=KV_HEADS)
+    return RingShape(**kind_of(k, v) | usual | sizes)
+
+
 def begin(generator, window, is_chunked, prompt_length):
     """Both, after a prompt of which each layer hands over what Transformers keeps."""
     dense = Dense(window, is_chunked)
@@ -53,7 +59,7 @@ def begin(generator, window, is_chunked, prompt_length):
     v = random(generator, LAYERS, len(PADS), KV_HEADS, prompt_length, D_V)
     dense.append(k, v)
     rows = [(a[:, :, -window + 1 :], b[:, :, -window + 1 :]) for a, b in zip(k, v, strict=True)]
-    rings = WindowRings(window, is_chunked, LAYERS, *rows[0])
+    rings = WindowRings(ring_shape(*rows[0], window=window, is_chunked=is_chunked))
     rings.fill(rows, PADS, prompt_length)
     return rings, dense
 
@@ -135,10 +141,11 @@ def test_sequences_can_be_chosen() -> None:
 
 def test_what_is_lent_again_fits() -> None:
     k, v = torch.zeros(2, KV_HEADS, 3, D), torch.zeros(2, KV_HEADS, 3, D_V)
-    rings = WindowRings(6, False, LAYERS, k, v)
-    assert rings.fits(6, False, LAYERS, k, v)
-    assert rings.fits(6, False, LAYERS, k[:, :, :1], v[:, :, :1])
-    for other in [(7, False, LAYERS, k, v), (6, True, LAYERS, k, v), (6, False, 3, k, v)]:
-        assert not rings.fits(*other)
-    assert not rings.fits(6, False, LAYERS, k[:1], v[:1])
-    assert not rings.fits(6, False, LAYERS, k.half(), v.half())
+    sizes = dict(window=6, is_chunked=False)
+    rings = WindowRings(ring_shape(k, v, **sizes))
+    assert rings.shape == ring_shape(k, v, **sizes)
+    assert rings.shape == ring_shape(k[:, :, :1], v[:, :, :1], **sizes)
+    for other in [dict(window=7), dict(is_chunked=True), dict(num_layers=3)]:
+        assert rings.shape != ring_shape(k, v, **sizes | other)
+    assert rings.shape != ring_shape(k[:1], v[:1], **sizes)
+    assert rings.shape != ring_shape(k.half(), v.half(), **sizes)

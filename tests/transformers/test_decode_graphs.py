@@ -24,9 +24,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from vlcache_triton.integrations.transformers import VLCache, vl_cache
 from vlcache_triton.integrations.transformers import cache as cache_module
-from vlcache_triton.integrations.transformers.graph import MAX_LOANS, round_up
 from vlcache_triton.integrations.transformers.names import CACHE
 from vlcache_triton.pool import ragged as ragged_module
+from vlcache_triton.pool.allocator import MAX_POOLS, round_up
 
 SOME = ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3"]
 SAMPLE = dict(GREEDY, do_sample=True, temperature=1.3, top_k=50)
@@ -135,12 +135,12 @@ def test_buckets_hold_what_is_asked_and_little_more(rows):
 def test_caches_kept_for_later_prompts_are_few(family):
     with session_of(family) as session:
         kept = []
-        for batch in range(1, MAX_LOANS + 4):
+        for batch in range(1, MAX_POOLS + 4):
             generate(family, family.inputs(*[SHORT] * batch), GREEDY)
             kept.append(weakref.ref(session.cache.ragged))
         session.cache = None
         gc.collect()
-        assert sum(ragged() is not None for ragged in kept) <= MAX_LOANS
+        assert sum(ragged() is not None for ragged in kept) <= MAX_POOLS
         assert kept[0]() is None and kept[-1]() is not None
 
 

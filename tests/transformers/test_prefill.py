@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from contextlib import contextmanager
 from unittest import mock
 
 import pytest
@@ -21,11 +20,8 @@ from transformers.masking_utils import (
 
 from vlcache_triton.integrations.transformers import prefill as prefill_module
 from vlcache_triton.integrations.transformers import vl_cache
-from vlcache_triton.integrations.transformers.attention import (
-    prefilling,
-    vlcache_attention,
-    vlcache_mask,
-)
+from vlcache_triton.integrations.transformers.attention import vlcache_attention, vlcache_mask
+from vlcache_triton.integrations.transformers.layers import PromptLength
 from vlcache_triton.integrations.transformers.prefill import prefill_attention
 from vlcache_triton.recipe.prompt import Prompt
 
@@ -122,20 +118,12 @@ def test_flash_attn_is_given_runs_of_pads_as_sequences_of_their_own(monkeypatch)
     assert_same_rows(out, eager(q, k, v, prompt, 0.3), prompt, 1e-5)
 
 
-@contextmanager
-def prefill_of(prompt):
-    token = prefilling.set(prompt)
-    try:
-        yield
-    finally:
-        prefilling.reset(token)
-
-
-def mask_arguments(pads=(0, 5), length=12, **more):
+def mask_arguments(pads=(0, 5), length=12, reading=False, **more):
     attention_mask = torch.ones(len(pads), length, dtype=torch.bool)
     for i, pad in enumerate(pads):
         attention_mask[i, :pad] = False
-    sizes = dict(batch_size=len(pads), q_length=length, kv_length=length, q_offset=0, kv_offset=0)
+    keys = PromptLength(length) if reading else length
+    sizes = dict(batch_size=len(pads), q_length=length, kv_length=keys, q_offset=0, kv_offset=0)
     return sizes | dict(attention_mask=attention_mask, device=torch.device("cpu")) | more
 
 
@@ -144,20 +132,16 @@ def bidirectional_image(batch_idx, head_idx, q_idx, kv_idx):
     return (q_idx >= 2) & (q_idx <= 5) & (kv_idx >= 2) & (kv_idx <= 5)
 
 
-PROMPT = Prompt(12, (0, 5), (1, 1))
-
-
 def test_the_causal_prefill_of_a_prompt_needs_no_mask():
-    with prefill_of(PROMPT):
-        assert vlcache_mask(**mask_arguments(mask_function=causal_mask_function)) is None
-        assert vlcache_mask(**mask_arguments()) is None
+    arguments = mask_arguments(reading=True, mask_function=causal_mask_function)
+    assert vlcache_mask(**arguments) is None
+    assert vlcache_mask(**mask_arguments(reading=True)) is None
 
 
-@pytest.mark.parametrize("prompt", [PROMPT, None], ids=["prefilling", "not prefilling"])
-def test_a_compressed_cache_needs_no_mask(prompt):
-    with prefill_of(prompt):
-        arguments = mask_arguments() | dict(q_length=1, kv_length=0)
-        assert vlcache_mask(**arguments) is None
+@pytest.mark.parametrize("kind", [PromptLength, int], ids=["prefilling", "not prefilling"])
+def test_a_compressed_cache_needs_no_mask(kind):
+    arguments = mask_arguments() | dict(q_length=1, kv_length=kind(0))
+    assert vlcache_mask(**arguments) is None
 
 
 @pytest.mark.parametrize(
@@ -170,9 +154,8 @@ def test_a_compressed_cache_needs_no_mask(prompt):
 )
 def test_any_other_rule_is_masked(mask_function):
     """While prefilling, too: prefill_attention is causal and nothing else."""
-    arguments = mask_arguments(mask_function=mask_function)
-    with prefill_of(PROMPT):
-        mask = vlcache_mask(**arguments)
+    arguments = mask_arguments(reading=True, mask_function=mask_function)
+    mask = vlcache_mask(**arguments)
     assert torch.equal(mask, sdpa_mask(**arguments))
     causal = sdpa_mask(**mask_arguments(mask_function=causal_mask_function))
     assert not torch.equal(mask, causal)
@@ -180,7 +163,6 @@ def test_any_other_rule_is_masked(mask_function):
 
 def test_outside_a_prompt_pads_are_masked():
     arguments = mask_arguments(mask_function=causal_mask_function)
-    assert prefilling.get() is None
     mask = vlcache_mask(**arguments)
     assert torch.equal(mask, sdpa_mask(**arguments))
     assert not mask[1, :, :, :5].any() and mask[1, 0, 11, 5:].all()

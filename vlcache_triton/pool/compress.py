@@ -14,6 +14,7 @@ from ..recipe.plan import CompressionPlan, make_plan, whole_plan
 from ..recipe.policies import VL_CACHE, Policy
 from ..recipe.prompt import Prompt
 from .ragged import RaggedCache
+from .shape import PoolShape, kind_of
 
 
 class PromptCompressor:
@@ -113,21 +114,26 @@ class PromptCompressor:
         v_like: Tensor,
         allocate: Callable[..., RaggedCache],
     ) -> RaggedCache:
-        num_segments = len(self.prompt.pads) * plan.num_kv_heads
-        rows = int(plan.head_keep.sum())
-        ragged = allocate(
-            rows + self.num_layers * num_segments * head_room,
-            int(plan.head_keep.max()) + head_room,
-            self.num_layers,
-            num_segments,
-            plan.num_kv_heads,
-            k_like,
-            v_like,
-            self.backend,
-            self.config.remainder != "none",
-        )
+        shape = shape_of(plan, head_room, k_like, v_like, self.config.remainder != "none")
+        ragged = allocate(shape, self.backend)
         ragged.lay_out(plan, head_room)
         return ragged
+
+
+def shape_of(
+    plan: CompressionPlan, head_room: int, k_like: Tensor, v_like: Tensor, has_remainder: bool
+) -> PoolShape:
+    """Of a ragged cache that holds what is kept, with `head_room` free rows a segment."""
+    num_layers, num_seqs, num_kv_heads = plan.head_keep.shape
+    return PoolShape(
+        **kind_of(k_like, v_like),
+        num_layers=num_layers,
+        num_seqs=num_seqs,
+        num_kv_heads=num_kv_heads,
+        capacity=int(plan.head_keep.sum()) + plan.head_keep.numel() * head_room,
+        max_seqlen_k=int(plan.head_keep.max()) + head_room,
+        has_remainder=has_remainder,
+    )
 
 
 def move_layer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from itertools import accumulate
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..kernels.types import MAX_SEQLEN_Q
 from ..ops import Backend, get_backend
 from ..recipe.plan import CompressionPlan
+from .shape import PoolShape, kind_of
 
 ROWS_AT_ONCE = 256  # of a long turn; bounds its attention mask
 GROWTH = 128  # rows that full segments grow by, at least
@@ -32,68 +34,39 @@ class RaggedCache:
         mean of n evicted ones, else 0; None in a cache that has no such rows.
 
     A layer's segments are ordered by sequence, then KV head. Memory: (kept + head room) rows.
-
-    Args:
-        capacity: rows of the pools.
-        max_seqlen_k: rows of the longest segment, head room included; more makes larger grids.
-        num_segments: num_seqs * num_kv_heads, of each layer.
-        k_like, v_like: tensors `[..., d]` and `[..., d_v]` that give dtype, device and head sizes.
-        has_remainder: whether first rows may stand for what was evicted.
     """
 
-    def __init__(
-        self,
-        capacity: int,
-        max_seqlen_k: int,
-        num_layers: int,
-        num_segments: int,
-        num_kv_heads: int,
-        k_like: Tensor,
-        v_like: Tensor,
-        backend: Backend,
-        has_remainder: bool = False,
-    ) -> None:
-        if capacity >= 2**31:
-            raise ValueError(f"capacity: got {capacity} rows, expected fewer than 2**31")
-        device = k_like.device
-        self.k = k_like.new_empty(capacity, 1, k_like.shape[-1])
-        self.v = v_like.new_empty(capacity, 1, v_like.shape[-1])
+    def __init__(self, shape: PoolShape, backend: Backend) -> None:
+        kind: Any = {"dtype": shape.dtype, "device": shape.device}
+        self.k = torch.empty(shape.capacity, 1, shape.head_size, **kind)
+        self.v = torch.empty(shape.capacity, 1, shape.v_head_size, **kind)
+        num_layers, device = shape.num_layers, shape.device
+        num_segments = shape.num_seqs * shape.num_kv_heads
         self.cu_seqlens_k = torch.zeros(
             num_layers, num_segments + 1, dtype=torch.int32, device=device
         )
         self.seqused_k = torch.zeros(num_layers, num_segments, dtype=torch.int32, device=device)
         self.first_key_bias: Tensor | None = None
-        if has_remainder:
+        if shape.has_remainder:
             self.first_key_bias = torch.zeros(num_layers, num_segments, device=device)
         self._evicted: Tensor | None = None  # [num_layers, num_segments], where rows stand for it
         self._first_tokens = self.cu_seqlens_k  # where compact_layer begins
-        self.num_kv_heads, self.backend = num_kv_heads, backend
-        self.max_seqlen_k, self.room = max_seqlen_k, 0
+        self.num_kv_heads, self.backend = shape.num_kv_heads, backend
+        self.max_seqlen_k, self.room = shape.max_seqlen_k, 0
         self._one_row = torch.arange(num_segments + 1, dtype=torch.int32, device=device)
         self._capacities: list[list[int]] = []
 
-    def fits(
-        self,
-        capacity: int,
-        max_seqlen_k: int,
-        num_layers: int,
-        num_segments: int,
-        num_kv_heads: int,
-        k_like: Tensor,
-        v_like: Tensor,
-        backend: Backend,
-        has_remainder: bool = False,
-    ) -> bool:
-        """Whether this is what the same arguments would make."""
-        return (
-            (len(self.k), self.max_seqlen_k) == (capacity, max_seqlen_k)
-            and self.seqused_k.shape == (num_layers, num_segments)
-            and (self.num_kv_heads, self.backend) == (num_kv_heads, backend)
-            and (self.first_key_bias is not None) == has_remainder
-            and all(
-                (pool.shape[-1], pool.dtype, pool.device) == (x.shape[-1], x.dtype, x.device)
-                for pool, x in ((self.k, k_like), (self.v, v_like))
-            )
+    @property
+    def shape(self) -> PoolShape:
+        """What would make another of these sizes."""
+        return PoolShape(
+            **kind_of(self.k, self.v),
+            num_layers=len(self.seqused_k),
+            num_seqs=self.num_seqs,
+            num_kv_heads=self.num_kv_heads,
+            capacity=len(self.k),
+            max_seqlen_k=self.max_seqlen_k,
+            has_remainder=self.first_key_bias is not None,
         )
 
     def lay_out(self, plan: CompressionPlan, room: int) -> None:
@@ -229,12 +202,11 @@ class RaggedCache:
         """The same segments in pools of their own.
 
         Args:
-            allocate: makes the copy, of these sizes or larger ones; arguments as for RaggedCache.
+            allocate: makes the copy, of its sizes or larger ones; arguments as for RaggedCache.
         """
-        rows, has_remainder = sum(map(sum, self._capacities)), self.first_key_bias is not None
-        heads = self.num_kv_heads, self.k, self.v, self.backend, has_remainder
+        rows = sum(map(sum, self._capacities))
         make: Callable[..., RaggedCache] = RaggedCache if allocate is None else allocate
-        other = make(rows, self.max_seqlen_k, *self.seqused_k.shape, *heads)
+        other = make(dataclasses.replace(self.shape, capacity=rows), self.backend)
         other._place(self._capacities)
         for mine, its in ((self.k, other.k), (self.v, other.v)):
             its[:rows].copy_(mine[:rows])

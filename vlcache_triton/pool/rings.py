@@ -5,11 +5,14 @@ Transformers' own window layers hold a new tensor after every step, which no cap
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .shape import RingShape
 
 SPARE = 16  # slots beyond the window: so many steps at most can be taken back
 
@@ -23,40 +26,20 @@ class WindowRings:
 
     k, v: `[num_layers, num_seqs, num_kv_heads, num_slots, d]`.
     seen: int64 scalar, tokens before the running pass, pads included.
-
-    Args:
-        window: tokens that a row sees, itself included; with `is_chunked`, the length of the
-            chunks, counted from the first real token, whose rows see each other.
-        k_like, v_like: tensors `[num_seqs, num_kv_heads, n, d]` that give the other sizes.
     """
 
-    def __init__(
-        self, window: int, is_chunked: bool, num_layers: int, k_like: Tensor, v_like: Tensor
-    ) -> None:
-        self.window, self.is_chunked = window, is_chunked
-        num_slots = window + SPARE
-        self.k, self.v = (
-            x.new_zeros(num_layers, *x.shape[:2], num_slots, x.shape[-1]) for x in (k_like, v_like)
-        )
-        device, num_seqs = k_like.device, k_like.shape[0]
+    def __init__(self, shape: RingShape) -> None:
+        self.shape, device, num_seqs = shape, shape.device, shape.num_seqs
+        num_slots = shape.window + SPARE
+        sizes = shape.num_layers, num_seqs, shape.num_kv_heads, num_slots
+        self.k = torch.zeros(*sizes, shape.head_size, dtype=shape.dtype, device=device)
+        self.v = torch.zeros(*sizes, shape.v_head_size, dtype=shape.dtype, device=device)
         self.seen = torch.zeros((), dtype=torch.long, device=device)
         self._positions = torch.full((num_slots,), -1, device=device)  # what each slot holds
         self._pads = torch.zeros(num_seqs, dtype=torch.long, device=device)
         self._one_slot = torch.zeros(1, dtype=torch.long, device=device)
         self._one_row_mask = torch.zeros(num_seqs, 1, 1, num_slots, dtype=torch.bool, device=device)
         self._slots, self._mask = self._one_slot, self._one_row_mask
-
-    def fits(
-        self, window: int, is_chunked: bool, num_layers: int, k_like: Tensor, v_like: Tensor
-    ) -> bool:
-        """Whether this is what the same arguments would make."""
-        return (window, is_chunked, num_layers) == (self.window, self.is_chunked, len(self.k)) and (
-            all(
-                (ring.shape[1:3], ring.shape[-1], ring.dtype, ring.device)
-                == (x.shape[:2], x.shape[-1], x.dtype, x.device)
-                for ring, x in ((self.k, k_like), (self.v, v_like))
-            )
-        )
 
     def fill(
         self, layers: Sequence[tuple[Tensor, Tensor]], pads: Sequence[int], num_seen: int
@@ -76,7 +59,7 @@ class WindowRings:
             self.k[layer, :, :, slots] = k
             self.v[layer, :, :, slots] = v
 
-    def take(self, other: WindowRings) -> None:
+    def copy_from(self, other: WindowRings) -> None:
         """Become a copy of others of the same sizes, in place; between passes."""
         for name in ("k", "v", "_positions", "_pads"):
             getattr(self, name).copy_(getattr(other, name))
@@ -135,6 +118,7 @@ class WindowRings:
     def select_sequences(self, indices: Tensor) -> None:
         """Make sequence i what sequence indices[i] was; new tensors."""
         indices = indices.to(self.k.device)
+        self.shape = dataclasses.replace(self.shape, num_seqs=len(indices))
         self.k, self.v = self.k[:, indices], self.v[:, indices]
         self._pads = self._pads[indices]
         self._one_row_mask = self._one_row_mask[indices]
@@ -142,8 +126,9 @@ class WindowRings:
     def _sees(self, rows: Tensor, columns: Tensor) -> Tensor:
         """`[num_seqs, 1, rows, columns]` bool, for positions of rows and of what columns hold."""
         row, column, pad = rows[:, None], columns, self._pads[:, None, None, None]
-        if self.is_chunked:
-            is_near = (column - pad) // self.window == (row - pad) // self.window
+        window = self.shape.window
+        if self.shape.is_chunked:
+            is_near = (column - pad) // window == (row - pad) // window
         else:
-            is_near = column > row - self.window
+            is_near = column > row - window
         return is_near & (column <= row) & (column >= pad)

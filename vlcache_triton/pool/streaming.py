@@ -142,22 +142,16 @@ class StreamingCompressor(PromptCompressor):
             sums = self.backend.sum_evicted(
                 k, v, starts, indices, cu_kept, longest, seqused_k=lengths
             )
-        return self._moved(k, v, starts, indices, cu_kept, keep, kept_scores, indices, sums)
+        moved = self._move(k, v, starts, indices, cu_kept, keep)
+        return _Pruned(*moved, kept_scores, indices, cu_kept, keep, sums)
 
     def _prune(self, pruned: _Pruned, keep: Tensor) -> _Pruned:
         indices, cu_kept = self._select(pruned, keep)
         rows = _rows(pruned, indices, cu_kept)
-        return self._moved(
-            pruned.k,
-            pruned.v,
-            pruned.starts,
-            indices,
-            cu_kept,
-            keep,
-            pruned.scores[:, rows],
-            pruned.positions[rows],
-            self._add_evicted(pruned, indices, cu_kept),
-        )
+        scores, positions = pruned.scores[:, rows], pruned.positions[rows]
+        moved = self._move(pruned.k, pruned.v, pruned.starts, indices, cu_kept, keep)
+        sums = self._add_evicted(pruned, indices, cu_kept)
+        return _Pruned(*moved, scores, positions, cu_kept, keep, sums)
 
     def _add_evicted(
         self, pruned: _Pruned, indices: Tensor, cu_kept: Tensor
@@ -188,24 +182,16 @@ class StreamingCompressor(PromptCompressor):
             total_kept=num_kv_heads * int(keep.sum()),
         )
 
-    def _moved(
-        self,
-        k: Tensor,
-        v: Tensor,
-        starts: Tensor,
-        indices: Tensor,
-        cu_kept: Tensor,
-        keep: Tensor,
-        scores: Tensor,
-        positions: Tensor,
-        sums: tuple[Tensor, Tensor] | None,
-    ) -> _Pruned:
+    def _move(
+        self, k: Tensor, v: Tensor, starts: Tensor, indices: Tensor, cu_kept: Tensor, keep: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The rows of k and v that `indices` name, packed."""
         out_k = k.new_empty(len(indices), 1, k.shape[-1])
         out_v = v.new_empty(len(indices), 1, v.shape[-1])
         self.backend.compact_kv(
             k, v, starts, indices, cu_kept, out_k, out_v, cu_kept, max_kept=int(keep.max())
         )
-        return _Pruned(out_k, out_v, scores, positions, cu_kept, keep, sums)
+        return out_k, out_v
 
 
 def _rows(pruned: _Pruned, indices: Tensor, cu_kept: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Hashable, Sequence
+import functools
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from vlcache_triton.integrations.transformers.cache import VLCache, VLCacheLayer
 from vlcache_triton.kernels.types import PostVisionStats
-from vlcache_triton.ops import get_backend
-from vlcache_triton.pool.compress import PromptCompressor, move_layer
+from vlcache_triton.ops import Backend
+from vlcache_triton.pool.compress import PromptCompressor, move_layer, shape_of
+from vlcache_triton.pool.packed import PackedCache
 from vlcache_triton.pool.ragged import RaggedCache
+from vlcache_triton.pool.shape import PoolShape
 from vlcache_triton.recipe.config import VLCacheConfig
 from vlcache_triton.recipe.plan import CompressionPlan, make_plan
 from vlcache_triton.recipe.prompt import Prompt, count_query_rows
@@ -35,13 +38,32 @@ class _Layer(NamedTuple):
 class _Watched(RaggedCache):
     """A ragged cache that remembers the query rows it was asked about, for the hindsight oracle."""
 
-    def __init__(self, capacity: int, max_seqlen_k: int, num_layers: int, *shape: Any) -> None:
-        super().__init__(capacity, max_seqlen_k, num_layers, *shape)
-        self.queries: list[list[Tensor]] = [[] for _ in range(num_layers)]
+    def __init__(self, shape: PoolShape, backend: Backend) -> None:
+        super().__init__(shape, backend)
+        self.queries: list[list[Tensor]] = [[] for _ in range(shape.num_layers)]
 
     def attend(self, layer: int, q: Tensor, softmax_scale: float) -> Tensor:
         self.queries[layer].append(q[0].transpose(0, 1))  # [n, num_heads, d]
         return super().attend(layer, q, softmax_scale)
+
+
+class _Recorder(PromptCompressor):
+    """Packs a prompt into a watched cache, and notes its layers in `recorded`."""
+
+    def __init__(self, recorded: list[_Layer], prompt: Prompt, *args: Any) -> None:
+        if len(prompt.pads) != 1:
+            raise ValueError(f"input_ids: got {len(prompt.pads)} sequences, expected one")
+        super().__init__(prompt, *args)
+        self._recorded = recorded
+
+    def add(self, k: Tensor, v: Tensor, q: Tensor, softmax_scale: float) -> None:
+        self._recorded.append(_Layer(k, v, q, softmax_scale))
+        super().add(k, v, q, softmax_scale)
+
+    def pack(
+        self, head_room: int, allocate: Callable[..., RaggedCache] = RaggedCache
+    ) -> tuple[CompressionPlan, RaggedCache]:
+        return super().pack(head_room, _Watched)
 
 
 class Recording(VLCache):
@@ -57,25 +79,8 @@ class Recording(VLCache):
         self.other_layers: dict[int, Any] = {}
         self._recorded: list[_Layer] = []
         self._stats: dict[Hashable, list[PostVisionStats]] = {}
-
-    @property
-    def will_pack(self) -> bool:
-        return self.prompt is not None
-
-    def compress_layer(self, k: Tensor, v: Tensor, query: Tensor, softmax_scale: float) -> None:
-        """Remember a layer of the prompt; the last one packs all of it."""
-        assert self.prompt is not None
-        if len(self.prompt.pads) != 1:
-            raise ValueError(f"input_ids: got {len(self.prompt.pads)} sequences, expected one")
-        self._recorded.append(_Layer(k, v, query, softmax_scale))
-        if len(self._recorded) < self._num_layers:
-            return
-        backend = get_backend(self.backend_name, k.device)
-        packer = PromptCompressor(self.prompt, self._num_layers, self.config, backend)
-        for layer in self._recorded:
-            packer.add(layer.k, layer.v, layer.q, layer.softmax_scale)
-        _, self.ragged = packer.pack(self.head_room, _Watched)
-        self.num_seen = self.prompt.padded_length
+        self.contents.make_compressor = functools.partial(_Recorder, self._recorded)
+        self.contents.packs_whole = True
 
     @property
     def prompt_bytes(self) -> int:
@@ -90,7 +95,7 @@ class Recording(VLCache):
     def keep_other_layers(self) -> None:
         """Remember the sliding-window layers as the prompt left them: call it before decoding."""
         self.other_layers = {
-            i: copy.deepcopy(layer)
+            i: copy.deepcopy(layer, {id(self.contents): self.contents})
             for i, layer in enumerate(self.layers)
             if not isinstance(layer, VLCacheLayer)
         }
@@ -106,7 +111,7 @@ class Recording(VLCache):
         per_layer = []
         for layer, recorded in enumerate(self._recorded):
             starts = ragged.cu_seqlens_k[layer, :-1].long()
-            rows = starts[:, None] + torch.arange(self.num_seen, device=starts.device)
+            rows = starts[:, None] + torch.arange(self.get_seq_length(), device=starts.device)
             k = ragged.k[rows, 0].transpose(0, 1).contiguous()  # [num_seen, num_kv_heads, d]
             q = torch.cat(ragged.queries[layer])[-num_rows:]
             stats = ragged.backend.post_vision_stats(
@@ -128,19 +133,11 @@ class Recording(VLCache):
         """
         assert self.ragged is not None
         plan, backend = _stack_plans(plans), self.ragged.backend
-        num_layers, num_seqs, num_kv_heads = plan.head_keep.shape
-        ragged = RaggedCache(
-            int(plan.head_keep.sum()) + plan.head_keep.numel() * self.head_room,
-            int(plan.head_keep.max()) + self.head_room,
-            num_layers,
-            num_seqs * num_kv_heads,
-            num_kv_heads,
-            self._recorded[0].k,
-            self._recorded[0].v,
-            backend,
-            plan.evicted is not None,
-        )
-        ragged.lay_out(plan, self.head_room)
+        num_seqs, head_room = plan.head_keep.shape[1], self.contents.head_room
+        k, v = self._recorded[0].k, self._recorded[0].v
+        shape = shape_of(plan, head_room, k, v, plan.evicted is not None)
+        ragged = RaggedCache(shape, backend)
+        ragged.lay_out(plan, head_room)
         starts, lengths = (of(ragged.k.device) for of in (plan.prompt.starts, plan.prompt.seqused))
         for layer, recorded in enumerate(self._recorded):
             k, v = (x.repeat(num_seqs, 1, 1) for x in (recorded.k, recorded.v))
@@ -169,7 +166,9 @@ class Recording(VLCache):
             variant.policy.row_weights,
         )
         if key not in self._stats:
-            compressor = PromptCompressor(prompt, self._num_layers, config, backend, variant.policy)
+            compressor = PromptCompressor(
+                prompt, len(self._recorded), config, backend, variant.policy
+            )
             self._stats[key] = [
                 compressor.measure(x.k, x.q, x.softmax_scale) for x in self._recorded
             ]
@@ -180,12 +179,12 @@ class CompressedCopies(VLCache):
     """One prompt, compressed in several ways: a batch to decode on. `plan` says what was kept."""
 
     def __init__(self, source: Recording, plan: CompressionPlan, ragged: RaggedCache) -> None:
-        super().__init__(source.model_config, backend=source.backend_name)
-        self.prompt, self.plan, self.ragged = plan.prompt, plan, ragged
-        self.num_seen = plan.prompt.padded_length
+        super().__init__(source.model_config, backend=source.contents.backend_name)
+        packed = PackedCache(plan.prompt.pads, plan.prompt.padded_length)
+        packed.ragged = ragged
+        self.contents.prompt, self.contents.plan, self.contents.state = plan.prompt, plan, packed
         for i, layer in source.other_layers.items():
-            layer = copy.deepcopy(layer)
-            layer.belong_to(self, layer.index)
+            layer = copy.deepcopy(layer, {id(source.contents): self.contents})
             layer.batch_repeat_interleave(len(plan.prompt.pads))
             self.layers[i] = layer
 

@@ -1,0 +1,162 @@
+"""What is in a VLCache, by its state: empty, dense, reading a prompt, packed. No Transformers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from math import isnan
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlcache_triton import VLCacheConfig
+from vlcache_triton.ops import BackendName, get_backend
+from vlcache_triton.pool.allocator import PoolAllocator
+from vlcache_triton.pool.compress import PromptCompressor
+from vlcache_triton.pool.packed import PackedCache
+from vlcache_triton.pool.ragged import RaggedCache
+from vlcache_triton.pool.streaming import StreamingCompressor
+from vlcache_triton.recipe.plan import CompressionPlan
+from vlcache_triton.recipe.policies import Policy
+from vlcache_triton.recipe.prompt import Prompt
+from vlcache_triton.recipe.report import CompressionReport
+
+
+class Empty:
+    """Nothing is in it, and no prompt has been announced."""
+
+
+class Dense:
+    """A prompt that is left whole: every layer keeps its rows as Transformers does."""
+
+
+class Reading:
+    """The pass of a prompt that is to be packed: layers hand their rows over, the last one packs.
+
+    num_past: tokens of the prompt that are in the layers from before, whole.
+    compresses: False for a prompt that is packed whole.
+    compressor: what takes the layers; None before the first.
+    """
+
+    def __init__(self, prompt: Prompt, num_past: int, compresses: bool) -> None:
+        self.prompt, self.num_past, self.compresses = prompt, num_past, compresses
+        self.compressor: PromptCompressor | None = None
+
+
+class Contents:
+    """What a VLCache and its layers share.
+
+    state: Empty, then Dense or Reading, then PackedCache; only `clear` leads back.
+    prompt: the one that was announced last.
+    plan, report: what compression has kept of it; None where nothing was compressed.
+    allocator: where packed memory comes from; None for memory of one's own.
+    packs_whole: whether even prompts that are not compressed are packed.
+
+    Args:
+        layers: the model's indices of the layers that are compressed.
+        head_room: rows reserved for new tokens when a prompt is packed.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        config: VLCacheConfig,
+        policy: Policy,
+        backend_name: BackendName,
+        head_room: int,
+        streaming: bool,
+        allocator: PoolAllocator | None,
+    ) -> None:
+        self.layers, self.config, self.policy = list(layers), config, policy
+        self.backend_name, self.head_room = backend_name, head_room
+        self.make_compressor: Callable[..., PromptCompressor] = (
+            StreamingCompressor if streaming else PromptCompressor
+        )
+        self.allocator, self.packs_whole = allocator, allocator is not None
+        self.clear()
+
+    def clear(self) -> None:
+        """Empty; packed memory goes back to where it was lent."""
+        self.state: Empty | Dense | Reading | PackedCache = Empty()
+        self.prompt: Prompt | None = None
+        self.plan: CompressionPlan | None = None
+        self.report: CompressionReport | None = None
+
+    @property
+    def packed(self) -> PackedCache | None:
+        """The packed cache, once there is one."""
+        return self.state if isinstance(self.state, PackedCache) else None
+
+    @property
+    def reading(self) -> Reading | None:
+        """The prompt's pass, while it runs."""
+        return self.state if isinstance(self.state, Reading) else None
+
+    def begin(self, prompt: Prompt, num_past: int) -> None:
+        """Announce the prompt whose forward pass comes next."""
+        compresses = prompt.is_compressible and not self.config.is_lossless
+        packs = compresses or self.packs_whole
+        self.prompt = prompt
+        self.state = Reading(prompt, num_past, compresses) if packs else Dense()
+
+    def add_layer(self, k: Tensor, v: Tensor, query: Tensor, softmax_scale: float) -> None:
+        """Take a layer of the prompt that is being read; arguments as `PromptCompressor.add`."""
+        reading = self.reading
+        assert reading is not None
+        if reading.compressor is None:
+            backend = get_backend(self.backend_name, k.device)
+            reading.compressor = self.make_compressor(
+                reading.prompt, len(self.layers), self.config, backend, self.policy
+            )
+        with torch.no_grad():
+            reading.compressor.add(k, v, query.detach(), softmax_scale)
+            if reading.compressor.num_added == len(self.layers):
+                self._pack(reading.prompt, reading.compressor)
+
+    def _pack(self, prompt: Prompt, compressor: PromptCompressor) -> None:
+        packed = PackedCache(prompt.pads, prompt.padded_length)
+        allocate: Callable[..., RaggedCache] = RaggedCache
+        if self.allocator is not None:
+            allocate = functools.partial(self.allocator.allocate, owner=packed)
+        plan, packed.ragged = compressor.pack(self.head_room, allocate)
+        if compressor.compresses:
+            self.plan = plan
+            self.report = self._make_report(plan, compressor.bytes_seen, packed.ragged.nbytes)
+        self.state = packed
+
+    def stop_reading(self) -> bool:
+        """At the end of a pass: a prompt that is still being read stays dense, as far as it is
+        there. True where it was to be compressed."""
+        reading = self.reading
+        if reading is None:
+            return False
+        self.state = Dense()
+        return reading.compresses
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and files: all but the lender of memory, who is of one block."""
+        if self.reading is not None or (self.packed is not None and self.packed.step_rows > 0):
+            raise ValueError("VLCache: got one amid a forward pass, expected one between passes")
+        return {**vars(self), "allocator": None, "packs_whole": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self.packed is not None:
+            ragged = self.packed.ragged
+            ragged.backend = get_backend(self.backend_name, ragged.k.device)
+
+    def _make_report(
+        self, plan: CompressionPlan, bytes_before: int, bytes_allocated: int
+    ) -> CompressionReport:
+        dense_rows = plan.keep.numel() * plan.prompt.padded_length
+        return CompressionReport(
+            budget=self.config.budget,
+            layers=self.layers,
+            sparsity=[[None if isnan(x) else x for x in row] for row in plan.sparsity.tolist()],
+            kept=plan.keep.tolist(),
+            lengths=list(plan.prompt.lengths),
+            bytes_before=bytes_before,
+            bytes_after=bytes_before * int(plan.keep.sum()) // dense_rows,
+            bytes_allocated=bytes_allocated,
+        )
