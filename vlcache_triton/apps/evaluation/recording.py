@@ -183,6 +183,10 @@ class CompressedCopies(VLCache):
         packed = PackedCache(plan.prompt.pads, plan.prompt.padded_length)
         packed.ragged = ragged
         self.contents.prompt, self.contents.plan, self.contents.state = plan.prompt, plan, packed
+        # Positions of M-RoPE lag behind alike.
+        self.rope_deltas = [
+            None if x is None else x.expand(len(packed.pads), -1) for x in source.rope_deltas
+        ]
         for i, layer in source.other_layers.items():
             layer = copy.deepcopy(layer, {id(source.contents): self.contents})
             layer.batch_repeat_interleave(len(plan.prompt.pads))
