@@ -93,7 +93,6 @@ def test_imports_point_down_only(graph):
                 assert ours == theirs, (module, other)
 
 
-@pytest.mark.xfail(strict=True, reason="both adapters: being untied")
 def test_imports_run_in_no_circle(graph):
     assert circles(graph) == []
 
