@@ -83,7 +83,12 @@ def _word(environ: Mapping[str, str], name: str, default: str, words: tuple[str,
 
 def _check_supported(config: VLCacheConfig) -> None:
     """Refuse what a prompt in chunks cannot be measured by: sums over rows add up where the heads'
-    are averaged, and maxima where the heads' are maxima, but not a mean of maxima."""
+    are averaged, and maxima where the heads' are maxima, but not a mean of maxima; and what a pool
+    that is sized before sparsities are known cannot hold: layers have to add up to the budget."""
+    if config.clipping != "exact":
+        raise NotImplementedError(
+            f"{PREFIX}CLIPPING: got {config.clipping!r}, expected 'exact' in SGLang"
+        )
     group = "mean" if config.row_reduction == "sum" else "max"
     if config.group_reduction != group:
         raise NotImplementedError(

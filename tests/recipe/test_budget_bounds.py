@@ -29,6 +29,7 @@ def problems(draw):
         min_layer_budget=draw(st.sampled_from([0.0, 0.01, 0.1, 0.3])),
         max_layer_budget=draw(st.sampled_from([0.3, 0.7, 1.0])),
         allocation=draw(st.sampled_from(["sparsity", "sparsity", "uniform", "pyramid"])),
+        clipping=draw(st.sampled_from(["exact", "exact", "paper"])),
     )
     return density, lengths, config
 
@@ -66,11 +67,12 @@ def test_bounds_hold_whatever_comes_after(problem, seed):
         assert (bounds >= final[:num_seen]).all()
 
 
+@pytest.mark.parametrize("clipping", ["exact", "paper"])
 @pytest.mark.parametrize("allocation", ["sparsity", "uniform", "pyramid"])
-def test_with_all_layers_seen_the_bound_is_tight(allocation):
+def test_with_all_layers_seen_the_bound_is_tight(allocation, clipping):
     density = torch.rand(24, 2, generator=torch.Generator().manual_seed(0))
     lengths = torch.tensor([1000, 333])
-    config = VLCacheConfig(budget=0.1, allocation=allocation)
+    config = VLCacheConfig(budget=0.1, allocation=allocation, clipping=clipping)
     bounds = budget_bounds(density, lengths, 24, config)
     assert (bounds - layer_budgets(density, lengths, config)).max() <= 2
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -57,6 +59,34 @@ def test_what_clipping_takes_is_poured_over_the_others():
     density = torch.tensor([[0.9], [0.05], [0.05]])
     keep = layer_budgets(density, torch.tensor([100]), VLCacheConfig(budget=0.5))
     assert keep.flatten().tolist() == [100, 25, 25]
+
+
+@settings(max_examples=200, deadline=None)
+@given(problems())
+def test_literal_clipping_is_algorithm_1_as_it_is_written(problem):
+    density, lengths, config = problem
+    config = replace(config, allocation="sparsity", clipping="paper")
+    keep = layer_budgets(density, lengths, config)
+    num_layers = len(density)
+    for b, m in enumerate(lengths.tolist()):
+        alpha = min(config.budget / m, 1) if isinstance(config.budget, int) else config.budget
+        total = density[:, b].clamp(min=1e-12).sum().item()
+        for layer in range(num_layers):
+            share = max(density[layer, b].item(), 1e-12) / total * alpha * num_layers
+            beta = min(max(share, config.min_layer_budget), config.max_layer_budget)
+            expected = min(max(beta * m, 1), m)
+            assert abs(keep[layer, b].item() - expected) < 1 + 1e-6  # bounds are whole tokens
+
+
+def test_literal_clipping_loses_or_adds_tokens_where_a_layer_is_clipped():
+    """A layer at its maximum leaves what it cannot take; one at its minimum takes more."""
+    density = torch.tensor([[0.9], [0.05], [0.05]])
+    literal = VLCacheConfig(budget=0.5, clipping="paper")
+    assert layer_budgets(density, torch.tensor([100]), literal).flatten().tolist() == [100, 8, 8]
+    density = torch.tensor([[1.0], [1.0], [0.001]])
+    literal = VLCacheConfig(budget=0.1, clipping="paper")
+    assert layer_budgets(density, torch.tensor([100]), literal).flatten().tolist() == [15, 15, 1]
+    assert VLCacheConfig().clipping == "exact"
 
 
 def test_ties_go_to_the_lower_layer():

@@ -16,6 +16,7 @@ WRONG = {
     "recent_fraction": (1.1, -0.1, "half", None, False, [0.1]),
     "min_layer_budget": (-0.1, 1.1, "0", None, True),
     "max_layer_budget": (0.001, 1.1, "1", None, True, float("nan")),
+    "clipping": ("literal", None, True, 1, ["paper"]),
     "allocation": ("magic", None, 1, ["uniform"], np.array([1, 2])),
     "granularity": ("head", None, True, {"layer"}),
     "row_reduction": ("mean", None, 1, ["max"]),

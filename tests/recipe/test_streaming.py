@@ -84,6 +84,7 @@ def problems(draw):
         max_layer_budget=draw(st.sampled_from([0.5, 1.0])),
         granularity=draw(st.sampled_from(["kv_head", "layer"])),
         allocation=draw(st.sampled_from(["sparsity", "sparsity", "uniform", "pyramid"])),
+        clipping=draw(st.sampled_from(["exact", "exact", "paper"])),
         smoothing=draw(st.sampled_from([1, 1, 5])),
         remainder=draw(st.sampled_from(["none", "mean"])),
     )

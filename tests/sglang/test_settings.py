@@ -76,3 +76,8 @@ def test_the_logged_line_says_what_is_on():
     assert "not put in the radix cache" in line
     assert "keeps its whole KV cache" in read_settings({"VLCACHE_BUDGET": "1.0"}).describe()
     assert "64 tokens a layer" in read_settings({"VLCACHE_BUDGET": "64"}).describe()
+
+
+def test_budgets_that_do_not_add_up_are_refused():
+    with pytest.raises(NotImplementedError, match=r"^VLCACHE_CLIPPING: got 'paper'.*in SGLang"):
+        read_settings({"VLCACHE_CLIPPING": "paper"})

@@ -19,6 +19,9 @@ def layer_budgets(density: Tensor, lengths: Tensor, config: VLCacheConfig) -> Te
     remainder, ties to the lower layer. The total of a sequence of m tokens is exactly
     round(α L m) (L * tokens for an absolute budget), clamped to what the bounds allow.
 
+    With `clipping="paper"` β[l] is as written above and no more: each layer's tokens are rounded
+    half up, and the total is what they add up to.
+
     Args:
         density: `[num_layers, num_seqs]`, d = 1 - γ', the retained share of the visible
             post-vision attention entries; any float dtype, values in [0, 1].
@@ -31,9 +34,11 @@ def layer_budgets(density: Tensor, lengths: Tensor, config: VLCacheConfig) -> Te
     """
     num_layers = _check(density, lengths)
     lower, upper = _bounds(density, lengths, config)
-    total = _total(num_layers, lengths, lower, upper, config)
-    shares = _pour(_weights(density, config), total, lower, upper)
-    return _largest_remainder(shares, total, upper)
+    weights, target = _weights(density, config), _target(num_layers, lengths, config)
+    if config.clipping == "paper":
+        return (_clip(weights, target, lower, upper) + 0.5).floor().long()
+    total = _reachable(target, num_layers, lower, upper)
+    return _largest_remainder(_pour(weights, total, lower, upper), total, upper)
 
 
 def budget_bounds(
@@ -41,8 +46,9 @@ def budget_bounds(
 ) -> Tensor:
     """What the first layers can be given at most, before the density of the others is known.
 
-    The layers to come take at least their minimum, so the share of those seen only shrinks as more
-    are seen: what a layer's bound evicts, its final budget evicts too.
+    The layers to come take at least their minimum (with literal clipping: only make the sum of the
+    densities greater), so the share of those seen only shrinks as more are seen: what a layer's
+    bound evicts, its final budget evicts too.
 
     Args:
         density: `[num_seen, num_seqs]`, of the first layers.
@@ -57,8 +63,12 @@ def budget_bounds(
         ones = torch.ones(num_layers, density.shape[1], dtype=torch.float64, device=density.device)
         return layer_budgets(ones, lengths, config)[:num_seen]
     lower, upper = _bounds(density, lengths, config)
-    total = _total(num_layers, lengths, lower, upper, config) - lower * (num_layers - num_seen)
-    shares = _pour(_weights(density, config), total.minimum(upper * num_seen), lower, upper)
+    weights, target = _weights(density, config), _target(num_layers, lengths, config)
+    if config.clipping == "paper":
+        shares = _clip(weights, target, lower, upper) + 1e-9  # sums may differ by rounding
+    else:
+        total = _reachable(target, num_layers, lower, upper) - lower * (num_layers - num_seen)
+        shares = _pour(weights, total.minimum(upper * num_seen), lower, upper)
     # Rounding gives a layer at most two tokens more than its share.
     return (shares.floor() + 2).minimum(upper).long()
 
@@ -82,15 +92,17 @@ def _bounds(density: Tensor, lengths: Tensor, config: VLCacheConfig) -> tuple[Te
     return lower, torch.maximum((config.max_layer_budget * length).floor(), lower)
 
 
-def _total(
-    num_layers: int, lengths: Tensor, lower: Tensor, upper: Tensor, config: VLCacheConfig
-) -> Tensor:
-    """What all layers keep together, `[num_seqs]` fp64 integers."""
-    length = lengths.to(lower.device, torch.float64)
+def _target(num_layers: int, lengths: Tensor, config: VLCacheConfig) -> Tensor:
+    """What the budget is for all layers together, αLm, `[num_seqs]` fp64."""
+    length = lengths.double()
     if isinstance(config.budget, int):
-        total = torch.minimum(torch.full_like(length, config.budget), length) * num_layers
-    else:
-        total = (config.budget * num_layers * length).round()
+        return length.clamp(max=config.budget) * num_layers
+    return config.budget * num_layers * length
+
+
+def _reachable(target: Tensor, num_layers: int, lower: Tensor, upper: Tensor) -> Tensor:
+    """The whole number next to `target` that the bounds of a layer allow, `[num_seqs]` fp64."""
+    total = target.to(lower.device).round()
     return torch.minimum(torch.maximum(total, lower * num_layers), upper * num_layers)
 
 
@@ -105,6 +117,11 @@ def _weights(density: Tensor, config: VLCacheConfig) -> Tensor:
     last = 1.0 / PYRAMID_STEEPNESS
     ramp = torch.linspace(2.0 - last, last, num_layers, dtype=torch.float64, device=density.device)
     return (ramp if num_layers > 1 else torch.ones_like(ramp))[:, None].expand_as(density)
+
+
+def _clip(weights: Tensor, target: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """Shares `clip(weights / Σ weights * target, lower, upper)`, whatever they sum to."""
+    return (weights / weights.sum(0) * target.to(weights.device)).clamp(lower, upper)
 
 
 def _pour(weights: Tensor, total: Tensor, lower: Tensor, upper: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from numbers import Integral, Real
 from typing import Any, Literal, TypeGuard, get_args
 
 Allocation = Literal["sparsity", "uniform", "pyramid"]
+Clipping = Literal["exact", "paper"]
 Granularity = Literal["kv_head", "layer"]
 Remainder = Literal["none", "mean"]
 RowReduction = Literal["sum", "max"]
@@ -27,8 +28,10 @@ class VLCacheConfig:
         recent_fraction: share of a layer's budget that is forced to the most recent tokens,
             in [0, 1]; at least one token is always kept (Algorithm 1 uses 0.1).
         min_layer_budget, max_layer_budget: bounds of a layer's budget as shares of the prompt,
-            0 <= min <= max <= 1 (Algorithm 1 clips to [0.01, 1]). What clipping takes or leaves
-            is shared out among the other layers, so that the total stays exact.
+            0 <= min <= max <= 1 (Algorithm 1 clips to [0.01, 1]).
+        clipping: "exact" shares out among the other layers what clipping takes or leaves, so that
+            the layers add up to the budget exactly; "paper" clips each layer on its own, as
+            Algorithm 1 is written, so that the total can be less or more than the budget.
         allocation: how the total is shared over the layers: "sparsity" (Algorithm 1), "uniform",
             or "pyramid" (linearly falling with depth, after PyramidKV), for comparison.
         granularity: "kv_head" selects tokens for each KV head on its own, "layer" one set for
@@ -55,6 +58,7 @@ class VLCacheConfig:
     recent_fraction: float = 0.1
     min_layer_budget: float = 0.01
     max_layer_budget: float = 1.0
+    clipping: Clipping = "exact"
     allocation: Allocation = "sparsity"
     granularity: Granularity = "kv_head"
     row_reduction: RowReduction = "sum"
@@ -80,6 +84,7 @@ class VLCacheConfig:
                 "max_layer_budget", self.max_layer_budget, "a float in [min_layer_budget, 1]"
             )
         for name, words in (
+            ("clipping", Clipping),
             ("allocation", Allocation),
             ("granularity", Granularity),
             ("row_reduction", RowReduction),
