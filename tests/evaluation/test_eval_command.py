@@ -15,7 +15,14 @@ def test_forms_are_evaluated_and_a_second_run_goes_on(tmp_path, capsys):
     summary = json.loads(capsys.readouterr().out)
     assert summary["about"]["model"] == "form-reader"
     variants = {cell["variant"] for cell in summary["cells"]}
-    assert {"full", "vl_cache", "tuned", "snapkv", "hindsight", "all rows, uniform"} <= variants
+    assert {
+        "full",
+        "vl_cache",
+        "tuned",
+        "snapkv",
+        "attention oracle",
+        "all rows, uniform",
+    } <= variants
     first = (tmp_path / "out" / "results.jsonl").read_text()
     assert run([*command, str(tmp_path / "out"), "--pages", "2"]) == 0
     out = capsys.readouterr().out
@@ -23,7 +30,7 @@ def test_forms_are_evaluated_and_a_second_run_goes_on(tmp_path, capsys):
     both = (tmp_path / "out" / "results.jsonl").read_text()
     assert both.startswith(first) and len(both.splitlines()) == 2
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"settings.json", "summary.json", "report.md", "count.png"} <= written
+    assert {"settings.json", "summary.json", "report.md", "count.png", "accuracy.svg"} <= written
     assert run(["eval", "--suite", "count", "--budget", "0.3", "--out", str(tmp_path / "out")]) == 2
     assert "holds results of" in capsys.readouterr().err
 

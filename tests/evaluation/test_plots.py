@@ -7,16 +7,19 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
-from vlcache_triton.apps.evaluation import BUDGETS, plot
-from vlcache_triton.apps.evaluation.plots import METRICS, draw_curves
+from vlcache_triton.apps.evaluation import BUDGETS, plot, plot_first
+from vlcache_triton.apps.evaluation.plots import FIRST, METRICS, draw_curves, draw_first
 from vlcache_triton.apps.evaluation.summary import Cell
 
 VARIANTS = ["vl_cache", "random", "streaming_llm", "h2o", "snapkv", "pyramidkv", "adakv", "tuned"]
-VARIANTS += ["hindsight", "all rows, uniform"]
+VARIANTS += ["snapkv, tuned", "vl_cache, one set a layer", "attention oracle", "all rows, uniform"]
 
 
 def cell(variant: str, budget: float) -> Cell:
-    return Cell("value", variant, budget, 4, 0.5, 0.2, 0.8, 2, 0.5, 0.1, 0.9, 0.5, 0.6, 0.7, 1e6)
+    shares = dict(exact=0.5, exact_low=0.2, exact_high=0.8, ratio=0.6, num_full=2)
+    kept = dict(retained=0.5, retained_low=0.1, retained_high=0.9)
+    means = dict(anls=0.5, agreement=0.6, hit_rate=0.7, kv_bytes=1e6)
+    return Cell("value", variant, budget, 4, **shares, **kept, **means)
 
 
 def cells_of(budgets) -> list[Cell]:
@@ -63,6 +66,30 @@ def test_ticks_stand_at_budgets_and_their_texts_apart(budgets):
         assert all(left.x1 + 2 < right.x0 for left, right in pairwise(boxes))
         for text in written:
             assert float(text.get_text()[:-1]) / 100 in measured
+
+
+def test_the_first_figure_shows_the_paper_the_best_peer_ours_and_random():
+    cells = cells_of((0.05, 0.1, 0.4))
+    cells += [cell(f"{v}, a row", b) for v in ("vl_cache", "snapkv, tuned") for b in (0.1, 0.4)]
+    (axes,) = draw_first(cells).axes
+    lines = {line.get_label(): line for line in axes.lines}
+    solid = [label for _, label, _ in FIRST]
+    dashed = [f"{label}, with our row" for label in (solid[1], solid[2])]
+    assert {*lines} == {*solid, *dashed, "full cache"}
+    assert [lines[label].get_linestyle() for label in (*solid, *dashed)] == ["-"] * 4 + ["--"] * 2
+    assert lines[dashed[0]].get_color() == lines[solid[1]].get_color()
+    assert lines[solid[0]].get_xdata().tolist() == [0.05, 0.1, 0.4]
+    assert len(axes.collections) == len(solid)  # an interval each
+    assert axes.get_xticks().tolist() == [0.05, 0.1, 0.4]
+
+
+def test_the_first_figure_is_the_same_file_every_time(tmp_path: Path):
+    """So that a commit of it changes where numbers did."""
+    paths = [tmp_path / "a.svg", tmp_path / "b.svg"]
+    for path in paths:
+        plot_first(cells_of(BUDGETS), path)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert paths[0].stat().st_size < 60_000 and b"SnapKV, tuned" in paths[0].read_bytes()
 
 
 @pytest.mark.parametrize(("suffix", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml")])

@@ -51,7 +51,7 @@ def test_every_variant_answers_as_generate_does(form_reader, value_item, evaluat
     rows = {(row["variant"], row["budget"]): row for row in evaluated["rows"]}
     assert rows.pop(("full", 1.0))["text"] == generate(form_reader, *value_item)
     variants = [v for budget in BUDGETS for v in compare_all(budget, None)]
-    assert len(rows) == len(variants) + 2 * len(BUDGETS)  # and hindsight, with a row and without
+    assert len(rows) == len(variants) + 2 * len(BUDGETS)  # and the oracle, with a row and without
     for variant in variants:
         row = rows[variant.name, variant.config.budget]
         assert row["text"] == generate(form_reader, *value_item, variant).strip(), variant.name
@@ -74,7 +74,7 @@ def test_the_numbers_of_an_item(form_reader, value_item, evaluated):
             assert row["agreement"] == 1.0
     hits = {(row["variant"], row["budget"]): row["hit_rate"] for row in others}
     for budget in BUDGETS:
-        assert hits["hindsight", budget] > hits["vl_cache", budget] > hits["random", budget]
+        assert hits["attention oracle", budget] > hits["vl_cache", budget] > hits["random", budget]
     assert json.loads(json.dumps(evaluated)) == evaluated
 
 

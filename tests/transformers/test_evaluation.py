@@ -33,7 +33,7 @@ def test_variants_answer_as_generate_does(family):
         return Numbers().decode(ids[0, length:].tolist(), True)
 
     assert texts.pop("full") == generate()
-    assert texts.pop("hindsight") and texts.pop("hindsight, a row")
+    assert texts.pop("attention oracle") and texts.pop("attention oracle, a row")
     for variant in compare_all(BUDGET, None):
         with vl_cache(family.model, variant.config, policy=variant.policy):
             assert texts.pop(variant.name) == generate(), variant.name

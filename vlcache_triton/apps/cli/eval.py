@@ -69,7 +69,7 @@ def evaluate(
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,
 ) -> None:
-    """Compare VL-Cache with the full cache, other policies, its own ablation and hindsight.
+    """Compare VL-Cache with the full cache, other policies, its own ablation and an oracle.
 
     On synthetic forms that the embedded model reads, or on your own images: a line of
     questions.jsonl is {"image": "a.png", "question": "...", "answers": ["..."]}. Each prompt is
@@ -88,7 +88,7 @@ def evaluate(
 
     import torch
 
-    from vlcache_triton.apps.evaluation import BUDGETS, plot, report, run, summarise
+    from vlcache_triton.apps.evaluation import BUDGETS, plot, plot_first, report, run, summarise
     from vlcache_triton.apps.evaluation.summary import names
 
     from .vlm import VisionLanguageModel
@@ -118,6 +118,7 @@ def evaluate(
     (out / "summary.json").write_text(json_module.dumps(summary, indent=1) + "\n")
     page = report(cells, about)
     (out / "report.md").write_text(page)
+    plot_first(cells, out / "accuracy.svg")
     for name in names(cells, "suite"):
         plot(cells, name, out / f"{name.replace(', ', '-').replace(' ', '-')}.png")
     if json:

@@ -7,32 +7,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from vlcache_triton.integrations.transformers import vl_cache
 from vlcache_triton.recipe.config import VLCacheConfig
 
 from .decode import Query, Reply, compressed_answers, full_answer, prefill
 from .items import Item
 from .metrics import anls, exact_match, token_agreement
-from .variants import BUDGETS, Variant, ablation, ceiling, rivals, with_rows
+from .variants import BUDGETS, FULL, Comparison, Variant, compare_all
 
 # Compressed copies of a prompt that are decoded on at once.
 MAX_COPIES = 12
 MAX_COPY_BYTES = 2 * 1024**3
-# What is compared with a row for the evicted tokens, and without.
-REMAINDERS = ("vl_cache", "tuned", "random", "snapkv")
-
-#: Budget, and the prompt's hindsight attention, where there is any -> what to compare.
-Comparison = Callable[[float, Tensor | None], Sequence[Variant]]
-
-
-def compare_all(budget: float, attention: Tensor | None) -> list[Variant]:
-    """VL-Cache, its rivals, its ablation, and the hindsight oracle; some of them with a row for
-    what is evicted as well."""
-    oracle = [] if attention is None else ceiling(budget, attention)
-    some = [v for v in rivals(budget) if v.name in REMAINDERS]
-    return rivals(budget) + ablation(budget) + oracle + with_rows(some + oracle)
 
 
 def evaluate_item(
@@ -71,7 +56,7 @@ def evaluate_item(
         if recording.prompt is None or not recording.prompt.is_compressible:
             raise ValueError(f"item {item.index} of {item.suite}: got no image, expected one")
         tokens, attention = full_answer(model, recording, logits, query, item.max_new_tokens, eos)
-        rows = [row("full", 1.0, Reply(tokens, 1.0, recording.prompt_bytes), tokens)]
+        rows = [row(FULL, 1.0, Reply(tokens, 1.0, recording.prompt_bytes), tokens)]
         variants = [v for b in sorted(budgets) if b < 1.0 for v in compare(b, attention)]
         for batch in _batches(variants, recording.prompt_bytes):
             replies = compressed_answers(

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from .metrics import wilson_interval
+from .variants import FULL
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One variant at one budget on one suite.
+    """One variant at one budget on one suite, or in the mean of the suites.
 
     num_items: answered.
     exact: share of exact matches, exact_low and exact_high its 95 % interval (Wilson).
-    retained: exact matches among the `num_full` items that the full cache answers right, and its
-        interval; None where there is none.
+    ratio: the accuracy ratio, `exact` over that of the full cache: answers that come out right
+        though the full cache has them wrong make up for others; None where the full cache has none.
+    retained: kept of right, exact matches among the `num_full` items that the full cache answers
+        right, and its interval; None where there is none.
     anls, agreement: means (see metrics). hit_rate: mean over the answers with decoded rows.
     kv_bytes: mean, of the prompt.
     """
@@ -29,6 +33,7 @@ class Cell:
     exact: float
     exact_low: float
     exact_high: float
+    ratio: float | None
     num_full: int
     retained: float | None
     retained_low: float
@@ -43,53 +48,110 @@ class Cell:
         return asdict(self)
 
 
-ALL_SUITES = "all"
+MEAN = "mean of the tasks"
 
 
 def summarise(results: Iterable[dict[str, Any]]) -> list[Cell]:
-    """The cells of all suites, and of all items together under the suite "all".
+    """The cells of each suite, in the order in which they come, then of their mean.
+
+    The mean weighs every suite alike, however many items it has and the full cache answers.
 
     Args:
         results: as `evaluate_item` returns them.
     """
-    groups: dict[tuple[str, str, float], list[tuple[dict[str, Any], bool]]] = defaultdict(list)
-    suites: dict[str, None] = {}
+    groups: dict[str, dict[tuple[str, float], list[tuple[dict[str, Any], bool]]]] = {}
     for result in results:
-        full_is_right = result["rows"][0]["exact"]
-        suites[result["suite"]] = None
+        suite = groups.setdefault(result["suite"], defaultdict(list))
         for row in result["rows"]:
-            for suite in (result["suite"], ALL_SUITES):
-                groups[suite, row["variant"], row["budget"]].append((row, full_is_right))
-    return [
-        _cell(*key, rows) for key, rows in groups.items() if len(suites) > 1 or key[0] != ALL_SUITES
+            suite[row["variant"], row["budget"]].append((row, result["rows"][0]["exact"]))
+    cells = [
+        _cell(name, *key, rows, _share(suite[FULL, 1.0]))
+        for name, suite in groups.items()
+        for key, rows in suite.items()
     ]
+    return cells + (_means(cells) if len(groups) > 1 else [])
+
+
+def _share(rows: Sequence[tuple[dict[str, Any], bool]]) -> float:
+    return sum(row["exact"] for row, _ in rows) / len(rows)
 
 
 def _cell(
-    suite: str, variant: str, budget: float, rows: Sequence[tuple[dict[str, Any], bool]]
+    suite: str,
+    variant: str,
+    budget: float,
+    rows: Sequence[tuple[dict[str, Any], bool]],
+    full: float,
 ) -> Cell:
-    exact = sum(row["exact"] for row, _ in rows)
-    exact_low, exact_high = wilson_interval(exact, len(rows))
+    exact = _share(rows)
+    exact_low, exact_high = wilson_interval(exact * len(rows), len(rows))
     retained = [row["exact"] for row, full_is_right in rows if full_is_right]
     retained_low, retained_high = wilson_interval(sum(retained), len(retained))
-    hits = [row["hit_rate"] for row, _ in rows if row["hit_rate"] is not None]
     return Cell(
         suite,
         variant,
         budget,
         len(rows),
-        exact / len(rows),
+        exact,
         exact_low,
         exact_high,
+        exact / full if full else None,
         len(retained),
-        sum(retained) / len(retained) if retained else None,
+        _mean(retained),
         retained_low,
         retained_high,
         sum(row["anls"] for row, _ in rows) / len(rows),
         sum(row["agreement"] for row, _ in rows) / len(rows),
-        sum(hits) / len(hits) if hits else None,
+        _mean([row["hit_rate"] for row, _ in rows if row["hit_rate"] is not None]),
         sum(row["kv_bytes"] for row, _ in rows) / len(rows),
     )
+
+
+def _means(cells: Sequence[Cell]) -> list[Cell]:
+    """The macro averages; the ratio is that of the averages. Intervals: those of the suites, square
+    and add (Zou and Donner, 2008)."""
+    groups: dict[tuple[str, float], list[Cell]] = defaultdict(list)
+    for cell in cells:
+        groups[cell.variant, cell.budget].append(cell)
+    full = sum(c.exact for c in groups[FULL, 1.0]) / len(groups[FULL, 1.0])
+    means = []
+    for (variant, budget), found in groups.items():
+        kept = [c for c in found if c.retained is not None]
+        exact = sum(c.exact for c in found) / len(found)
+        means.append(
+            Cell(
+                MEAN,
+                variant,
+                budget,
+                sum(c.num_items for c in found),
+                exact,
+                *_interval([(c.exact, c.exact_low, c.exact_high) for c in found]),
+                exact / full if full else None,
+                sum(c.num_full for c in found),
+                _mean([c.retained for c in kept]),
+                *_interval([(c.retained, c.retained_low, c.retained_high) for c in kept]),
+                sum(c.anls for c in found) / len(found),
+                sum(c.agreement for c in found) / len(found),
+                _mean([c.hit_rate for c in found if c.hit_rate is not None]),
+                sum(c.kv_bytes for c in found) / len(found),
+            )
+        )
+    return means
+
+
+def _interval(shares: Sequence[tuple[float | None, float, float]]) -> tuple[float, float]:
+    """The 95 % interval of a mean of independent shares, each with its own interval."""
+    if not shares:
+        return 0.0, 1.0
+    known = [(share or 0.0, low, high) for share, low, high in shares]
+    mean = sum(share for share, _, _ in known) / len(known)
+    below = math.hypot(*(share - low for share, low, _ in known)) / len(known)
+    above = math.hypot(*(high - share for share, _, high in known)) / len(known)
+    return max(mean - below, 0.0), min(mean + above, 1.0)
+
+
+def _mean(values: Sequence[Any]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def pick(cells: Iterable[Cell], suite: str, variant: str, budget: float) -> Cell | None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from vlcache_triton.recipe.config import VLCacheConfig
-from vlcache_triton.recipe.policies import POLICIES, VL_CACHE, Policy, hindsight
+from vlcache_triton.recipe.policies import POLICIES, VL_CACHE, Policy, hindsight, snapkv
 
 BUDGETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
+
+# What tables and figures show first, by name.
+FULL, PAPER, OURS, FLOOR, ORACLE = "full", "vl_cache", "tuned", "random", "attention oracle"
+PAPER_BY_LAYER, PAPER_CLIPPING = "vl_cache, one set a layer", "vl_cache, literal clipping"
+PEER = "snapkv, tuned"
+WITH_ROW, WITHOUT_ROW = ", a row", ", no row"
+#: What is compared with a row for the evicted tokens, and without.
+REMAINDERS = (PAPER, PAPER_BY_LAYER, OURS, PEER, FLOOR, ORACLE)
 
 
 @dataclass(frozen=True)
@@ -27,12 +35,41 @@ class Variant:
         return self.policy.configure(self.config)
 
 
+#: Budget, and the attention of the prompt's answer, where there is any -> what to compare.
+Comparison = Callable[[float, Tensor | None], Sequence[Variant]]
+
+
+def compare_all(budget: float, attention: Tensor | None) -> list[Variant]:
+    """VL-Cache as it can be read, its rivals, its ablation, and the attention oracle; some of them
+    with a row for what is evicted as well."""
+    oracle = [] if attention is None else [attention_oracle(budget, attention)]
+    variants = [*rivals(budget), *readings(budget), *ablation(budget), *oracle]
+    return variants + [with_row(v) for v in variants if v.name in REMAINDERS]
+
+
 def rivals(budget: float) -> list[Variant]:
-    """VL-Cache as in the paper, the tuned preset, and every published policy, at one budget."""
+    """VL-Cache as in the paper, every published policy, and the tuned presets, at one budget."""
     config = VLCacheConfig(budget=budget)
-    tuned = Variant("tuned", VLCacheConfig.tuned(budget=budget))
-    policies = [p for p in POLICIES if p.name != "full"]
-    return [Variant(p.name, config, p) for p in policies] + [tuned]
+    tuned = Variant(OURS, VLCacheConfig.tuned(budget=budget))
+    policies = [p for p in POLICIES if p.name != FULL]
+    return [*(Variant(p.name, config, p) for p in policies), tuned_snapkv(budget), tuned]
+
+
+def tuned_snapkv(budget: float) -> Variant:
+    """SnapKV with the window and the pooling that answered best on the tuning pages, of as many
+    candidates as `VLCacheConfig.tuned()` was chosen from: benchmarks/results/accuracy/tuning.md."""
+    config = VLCacheConfig(budget=budget, recent_fraction=0.0)  # its window is what is recent
+    return Variant(PEER, config, snapkv(window=16, pool=3))
+
+
+def readings(budget: float) -> list[Variant]:
+    """The paper where it can be read in another way than "vl_cache" reads it: one set of tokens for
+    the heads of a layer, as EffiVLM-Bench does; its clipping to the letter."""
+    config = VLCacheConfig(budget=budget)
+    return [
+        Variant(PAPER_BY_LAYER, replace(config, granularity="layer")),
+        Variant(PAPER_CLIPPING, replace(config, clipping="paper")),
+    ]
 
 
 def ablation(budget: float) -> list[Variant]:
@@ -51,18 +88,20 @@ def ablation(budget: float) -> list[Variant]:
     ]
 
 
-def with_rows(variants: Sequence[Variant]) -> list[Variant]:
-    """The same with a row of the budget for what is evicted; without it, where one has it."""
-    return [
-        replace(
-            v,
-            name=f"{v.name}, no row" if v.config.remainder == "mean" else f"{v.name}, a row",
-            config=replace(v.config, remainder="none" if v.config.remainder == "mean" else "mean"),
-        )
-        for v in variants
-    ]
+def attention_oracle(budget: float, attention: Tensor) -> Variant:
+    """Ranks the tokens of one prompt by the attention that its answer did pay; see
+    `policies.hindsight`. No upper bound of what a policy can reach."""
+    return Variant(ORACLE, VLCacheConfig(budget=budget), hindsight(attention))
 
 
-def ceiling(budget: float, attention: Tensor) -> list[Variant]:
-    """The hindsight oracle of one prompt; see `policies.hindsight`."""
-    return [Variant("hindsight", VLCacheConfig(budget=budget), hindsight(attention))]
+def with_row(variant: Variant) -> Variant:
+    """The same with a row of the budget for what is evicted; without it, where it has one."""
+    has_row = variant.config.remainder == "mean"
+    name = variant.name + (WITHOUT_ROW if has_row else WITH_ROW)
+    config = replace(variant.config, remainder="none" if has_row else "mean")
+    return replace(variant, name=name, config=config)
+
+
+def base_name(name: str) -> str:
+    """Of the variant that this one is, but for a row for what is evicted."""
+    return name.removesuffix(WITH_ROW).removesuffix(WITHOUT_ROW)
