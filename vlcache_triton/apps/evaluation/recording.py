@@ -36,7 +36,7 @@ class _Layer(NamedTuple):
 
 
 class _Watched(RaggedCache):
-    """A ragged cache that remembers the query rows it was asked about, for the hindsight oracle."""
+    """A ragged cache that remembers the query rows it was asked about, for the attention oracle."""
 
     def __init__(self, shape: PoolShape, backend: Backend) -> None:
         super().__init__(shape, backend)
