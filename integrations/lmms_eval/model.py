@@ -17,11 +17,10 @@ from lmms_eval.api.model import lmms
 from loguru import logger
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlcache_triton import VLCacheConfig
-from vlcache_triton.apps.formreader import chat
 from vlcache_triton.apps.images import read_image
+from vlcache_triton.apps.models import encode, load_model
 from vlcache_triton.integrations.transformers import vl_cache
 from vlcache_triton.recipe.policies import POLICIES, VL_CACHE
 
@@ -42,7 +41,7 @@ class VLCacheModel(lmms):
         policy: a name of vlcache_triton.recipe.policies.POLICIES, or "tuned", which is
             VLCacheConfig.tuned().
         revision: of the model on the hub.
-        dtype: a dtype of torch by name, or "auto", the checkpoint's.
+        dtype: a dtype of torch by name, or "auto", the checkpoint's own on a GPU.
         device: of the model; CUDA where there is one.
         batch_size: 1; prompts are read one by one.
         max_batch_size: lmms-eval hands it over; of no effect.
@@ -86,16 +85,15 @@ class VLCacheModel(lmms):
             self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         except RuntimeError as error:
             raise ValueError(f"device: got {device!r}, expected a device of torch") from error
-        source = {"revision": revision, "trust_remote_code": False}
         try:
-            self.processor = AutoProcessor.from_pretrained(pretrained, **source)
-            model = AutoModelForImageTextToText.from_pretrained(pretrained, dtype=dtype, **source)
-        except (OSError, ValueError, ImportError) as error:
+            self.model, self.processor = load_model(
+                pretrained, device=self._device, dtype=dtype, revision=revision
+            )
+        except ValueError as error:
             message = f"pretrained: got {pretrained!r}, expected an image-and-text model: {error}"
             raise ValueError(message) from error
         if not getattr(self.processor, "chat_template", None):
             raise ValueError(f"pretrained: got {pretrained!r}, expected one with a chat template")
-        self.model = model.eval().to(self._device)
         with vl_cache(self.model, self.config, policy=self.policy):
             pass  # a model that it refuses is refused before any data is fetched
         self.kept_shares: list[float] = []  # of the K and V bytes of each prompt so far
@@ -142,14 +140,7 @@ class VLCacheModel(lmms):
         mark = getattr(self.processor, "image_token", None)
         if mark and mark in context:
             raise NotImplementedError(f"context: got {mark} in it, expected none: images go first")
-        inputs = self.processor.apply_chat_template(
-            chat([read_image(image) for image in images], [context]),
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-        return inputs.to(self._device, dtype=self.model.dtype)
+        return encode(self.model, self.processor, [read_image(x) for x in images], context)
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         raise NotImplementedError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import eq
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,7 +30,9 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from vlcache_triton.apps.formreader import Task
+    from PIL.Image import Image
+
+    from vlcache_triton.apps.formreader import Dialogue, Task
 
     from .vlm import Answer
 
@@ -40,32 +42,38 @@ DEFAULT_SEED = 6  # the first page that is read without a mistake from a tenth o
 SWEEP = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
 
 
+DemoPresetOption = Annotated[
+    Preset | None,
+    typer.Option(
+        "--preset",
+        metavar="NAME",
+        help=PRESET_HELP,
+        show_default="tuned; paper with another policy",
+    ),
+]
+QuestionsOption = Annotated[
+    int, typer.Option("--questions", min=1, max=100, metavar="N", help="How many to ask.")
+]
+SeedOption = Annotated[
+    int, typer.Option("--seed", metavar="N", help="Another seed is another page.")
+]
+FieldsOption = Annotated[
+    int, typer.Option("--fields", min=1, max=144, metavar="N", help="Fields on the page.")
+]
+PageOption = Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to write the page.")]
+SweepOption = Annotated[bool, typer.Option("--sweep", help="Show where answers break.")]
+
+
 def demo(
     budget: BudgetOption = DEFAULT_BUDGET,
     policy: PolicyOption = PolicyName.vl_cache,
-    preset: Annotated[
-        Preset | None,
-        typer.Option(
-            "--preset",
-            metavar="NAME",
-            help=PRESET_HELP,
-            show_default="tuned; paper with another policy",
-        ),
-    ] = None,
+    preset: DemoPresetOption = None,
     streaming: StreamingOption = False,
-    questions: Annotated[
-        int, typer.Option(min=1, max=100, metavar="N", help="How many to ask.")
-    ] = 5,
-    seed: Annotated[
-        int, typer.Option(metavar="N", help="Another seed is another page.")
-    ] = DEFAULT_SEED,
-    fields: Annotated[
-        int, typer.Option(min=1, max=144, metavar="N", help="Fields on the page.")
-    ] = 8,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write the page.")] = Path(
-        "vlcache-demo.png"
-    ),
-    sweep: Annotated[bool, typer.Option("--sweep", help="Show where answers break.")] = False,
+    questions: QuestionsOption = 5,
+    seed: SeedOption = DEFAULT_SEED,
+    fields: FieldsOption = 8,
+    out: PageOption = Path("vlcache-demo.png"),
+    sweep: SweepOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,
@@ -81,34 +89,22 @@ def demo(
         preset = DEFAULT_PRESET if policy is PolicyName.vl_cache else Preset.paper
     config = checked_config(budget, preset, policy, streaming)
     with waiting("starting"):
-        from vlcache_triton.apps.formreader import MAX_ANSWER_TOKENS, draw_form, render_form
+        from vlcache_triton.apps.formreader import draw_form, render_form
 
         from .vlm import VisionLanguageModel
 
     # What the model is good at, full cache or not: it finds values and neighbours.
     good_at: tuple[Task, ...] = ("value", "next")
-    tasks = [good_at[i % 2] for i in range(questions)]
-    dialogue = draw_form(f"demo-{seed}", tasks, fields)
+    dialogue = draw_form(f"demo-{seed}", [good_at[i % 2] for i in range(questions)], fields)
     page = render_form(dialogue.pages[0])
-    try:
-        page.save(out, format="PNG")
-    except OSError as error:
-        raise UserError(f"out: cannot write {str(out)!r}: {error.strerror or error}") from error
+    _save(page, out)
 
     vlm = VisionLanguageModel(None, device=device, dtype=dtype.value)
     ask = functools.partial(vlm.answer, policy=policy.load(), streaming=streaming)
     lossless = VLCacheConfig(budget=1.0)
     swept = [checked_config(b, preset, policy) for b in SWEEP if sweep]
-    answers: dict[VLCacheConfig, list[Answer]] = {c: [] for c in (lossless, config, *swept)}
-    with progress("answering", len(answers) * questions) as steps:
-        for question in dialogue.questions:
-            inputs = vlm.encode([page], question.text)
-            for choice, given in answers.items():
-                if not given:  # the first call of a path pays for imports and compilation
-                    ask(inputs, choice, 2)
-                given.append(ask(inputs, choice, MAX_ANSWER_TOKENS))
-                steps.advance(steps.task_ids[0])
-
+    inputs = [vlm.encode([page], question.text) for question in dialogue.questions]
+    answers = _ask_all(ask, inputs, dict.fromkeys((lossless, config, *swept)))
     full, compressed = answers[lossless], answers[config]
     result: dict[str, Any] = {
         "model": vlm.name,
@@ -117,15 +113,7 @@ def demo(
         "fields": fields,
         "policy": policy.value,
         "preset": preset.value,
-        "questions": [
-            {
-                "question": question.text,
-                "expected": question.answer,
-                "full": _summary(whole),
-                "compressed": _summary(part) | {"budget": budget, "kept": part.kept},
-            }
-            for question, whole, part in zip(dialogue.questions, full, compressed, strict=True)
-        ],
+        "questions": _asked(dialogue, full, compressed, budget),
     }
     if sweep:
         right = [question.answer for question in dialogue.questions]
@@ -134,6 +122,46 @@ def demo(
         print_json(result)
     else:
         print_demo(result)
+
+
+def _save(page: Image, out: Path) -> None:
+    try:
+        page.save(out, format="PNG")
+    except OSError as error:
+        raise UserError(f"out: cannot write {str(out)!r}: {error.strerror or error}") from error
+
+
+def _ask_all(
+    ask: Callable[[Any, VLCacheConfig, int], Answer],
+    inputs: Sequence[Any],
+    choices: Iterable[VLCacheConfig],
+) -> dict[VLCacheConfig, list[Answer]]:
+    """Each prompt's answer from each choice of cache, question by question."""
+    from vlcache_triton.apps.formreader import MAX_ANSWER_TOKENS
+
+    answers: dict[VLCacheConfig, list[Answer]] = {choice: [] for choice in choices}
+    with progress("answering", len(answers) * len(inputs)) as steps:
+        for prompt in inputs:
+            for choice, given in answers.items():
+                if not given:  # the first call of a path pays for imports and compilation
+                    ask(prompt, choice, 2)
+                given.append(ask(prompt, choice, MAX_ANSWER_TOKENS))
+                steps.advance(steps.task_ids[0])
+    return answers
+
+
+def _asked(
+    dialogue: Dialogue, full: Sequence[Answer], compressed: Sequence[Answer], budget: float
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "question": question.text,
+            "expected": question.answer,
+            "full": _summary(whole),
+            "compressed": _summary(part) | {"budget": budget, "kept": part.kept},
+        }
+        for question, whole, part in zip(dialogue.questions, full, compressed, strict=True)
+    ]
 
 
 def _summary(answer: Answer) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from .console import UserError, one_line, print_json, progress
 from .options import DeviceOption, Dtype, DtypeOption, JsonOption, ModelOption
 
 if TYPE_CHECKING:
-    from vlcache_triton.apps.evaluation import Item
+    from vlcache_triton.apps.evaluation import Cell, Item
 
     from .vlm import VisionLanguageModel
 
@@ -33,38 +33,53 @@ RESULTS, SETTINGS = "results.jsonl", "settings.json"
 Job = tuple[str, int, Callable[[], dict[str, Any]]]
 
 
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="FILE",
+        help="Your questions: questions.jsonl, or the folder that has it.",
+    ),
+]
+PagesOption = Annotated[
+    int, typer.Option("--pages", min=1, metavar="N", help="Synthetic forms a suite.")
+]
+SuitesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--suite",
+        metavar="NAME",
+        help=f"A suite of synthetic forms; again for more. {'; '.join(SUITE_NAMES)}.",
+        show_default="all",
+    ),
+]
+BudgetsOption = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--budget",
+        metavar="SHARE",
+        help="Share of the cache to keep; again for more.",
+        show_default="1 % to 100 %",
+    ),
+]
+LongestOption = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, metavar="N", help="Longest answer to --data.")
+]
+QuickOption = Annotated[bool, typer.Option("--quick", help="A few minutes on two CPU cores.")]
+OutOption = Annotated[
+    Path, typer.Option("--out", metavar="FOLDER", help="For results; goes on from them.")
+]
+
+
 def evaluate(
     model: ModelOption = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Your questions: questions.jsonl, or the folder that has it."
-        ),
-    ] = None,
-    pages: Annotated[int, typer.Option(min=1, metavar="N", help="Synthetic forms a suite.")] = 250,
-    suite: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help=f"A suite of synthetic forms; again for more. {'; '.join(SUITE_NAMES)}.",
-            show_default="all",
-        ),
-    ] = None,
-    budget: Annotated[
-        list[float] | None,
-        typer.Option(
-            metavar="SHARE",
-            help="Share of the cache to keep; again for more.",
-            show_default="1 % to 100 %",
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Longest answer to --data.")
-    ] = 32,
-    quick: Annotated[bool, typer.Option("--quick", help="A few minutes on two CPU cores.")] = False,
-    out: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="For results; goes on from them.")
-    ] = Path("vlcache-eval"),
+    data: DataOption = None,
+    pages: PagesOption = 250,
+    suite: SuitesOption = None,
+    budget: BudgetsOption = None,
+    max_new_tokens: LongestOption = 32,
+    quick: QuickOption = False,
+    out: OutOption = Path("vlcache-eval"),
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,
@@ -75,21 +90,10 @@ def evaluate(
     questions.jsonl is {"image": "a.png", "question": "...", "answers": ["..."]}. Each prompt is
     read once for all policies and budgets. Finished items are kept, so a run can be cut off.
     """
-    if data is None and model is not None:
-        raise UserError("data: got none, expected questions for a model of your own (--data)")
-    if data is not None and (suite or quick):
-        raise UserError("suite, quick: got one with --data, expected it without")
-    suites = suite or (QUICK_SUITES if quick else SUITE_NAMES)
-    for name in suites:
-        if name not in SUITE_NAMES:
-            raise UserError(f"suite: got {name!r}, expected one of {SUITE_NAMES}")
-    if budget and not all(0 < b <= 1 for b in budget):
-        raise UserError(f"budget: got {budget}, expected shares in (0, 1]")
-
+    suites = _checked(model, data, suite, budget, quick)
     import torch
 
-    from vlcache_triton.apps.evaluation import BUDGETS, plot, plot_first, report, run, summarise
-    from vlcache_triton.apps.evaluation.summary import names
+    from vlcache_triton.apps.evaluation import BUDGETS, run, summarise
 
     from .vlm import VisionLanguageModel
 
@@ -112,20 +116,46 @@ def evaluate(
             results = run(jobs, out / RESULTS, lambda: steps.advance(steps.task_ids[0]))
         except (ValueError, NotImplementedError, torch.OutOfMemoryError) as error:
             raise UserError(one_line(str(error))) from error
-    cells = summarise(results)
-    about = _about(vlm)
-    summary = {"about": about, "cells": [cell.to_dict() for cell in cells]}
-    (out / "summary.json").write_text(json_module.dumps(summary, indent=1) + "\n")
-    page = report(cells, about)
-    (out / "report.md").write_text(page)
-    plot_first(cells, out / "accuracy.svg")
-    for name in names(cells, "suite"):
-        plot(cells, name, out / f"{name.replace(', ', '-').replace(' ', '-')}.png")
+    summary = _write(out, summarise(results), _about(vlm))
     if json:
         print_json(summary)
         return
-    Console().print(Markdown(page))
+    Console().print(Markdown((out / "report.md").read_text()))
     print(f"Written to {out}: results.jsonl, summary.json, report.md and plots")
+
+
+def _checked(
+    model: str | None,
+    data: Path | None,
+    suite: Sequence[str] | None,
+    budget: Sequence[float] | None,
+    quick: bool,
+) -> Sequence[str]:
+    """The suites that the options choose, seen to fit together before anything slow is done."""
+    if data is None and model is not None:
+        raise UserError("data: got none, expected questions for a model of your own (--data)")
+    if data is not None and (suite or quick):
+        raise UserError("suite, quick: got one with --data, expected it without")
+    suites = suite or (QUICK_SUITES if quick else SUITE_NAMES)
+    for name in suites:
+        if name not in SUITE_NAMES:
+            raise UserError(f"suite: got {name!r}, expected one of {SUITE_NAMES}")
+    if budget and not all(0 < b <= 1 for b in budget):
+        raise UserError(f"budget: got {budget}, expected shares in (0, 1]")
+    return suites
+
+
+def _write(out: Path, cells: Sequence[Cell], about: dict[str, str]) -> dict[str, Any]:
+    """The numbers, the page and the pictures; the numbers are returned."""
+    from vlcache_triton.apps.evaluation import names, plot, plot_first, report
+
+    summary = {"about": about, "cells": [cell.to_dict() for cell in cells]}
+    (out / "summary.json").write_text(json_module.dumps(summary, indent=1) + "\n")
+    (out / "report.md").write_text(report(cells, about))
+    plot_first(cells, out / "accuracy.svg")
+    for name in names(cells, "suite"):
+        plot(cells, name, out / f"{name.replace(', ', '-').replace(' ', '-')}.png")
+    return summary
 
 
 def _form_jobs(

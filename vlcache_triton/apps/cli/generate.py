@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -25,6 +25,9 @@ from .options import (
     StreamingOption,
     checked_config,
 )
+
+if TYPE_CHECKING:
+    from .vlm import Answer
 
 
 def generate(
@@ -57,35 +60,44 @@ def generate(
         answer = vlm.answer(
             inputs, config, max_new_tokens, steps, policy=policy.load(), streaming=streaming
         )
+    prompt_tokens = int(inputs["input_ids"].shape[1])
+    full_bytes = answer.report.bytes_before if answer.report else answer.kv_bytes
+    note = _note(model, budget, policy, preset)
+    if not json:
+        _print(answer, prompt_tokens, full_bytes, note)
+        return
+    print_json(
+        {
+            "model": vlm.name,
+            "images": [str(path) for path in image],
+            "prompt": prompt,
+            "answer": answer.text,
+            "budget": budget,
+            "policy": policy.value,
+            "preset": preset.value,
+            "prompt_tokens": prompt_tokens,
+            "new_tokens": answer.num_tokens,
+            "kv_bytes": answer.kv_bytes,
+            "full_kv_bytes": full_bytes,
+            "kept": answer.kept,
+            "seconds": answer.seconds,
+            "note": note,
+        }
+    )
+
+
+def _note(model: str | None, budget: float, policy: PolicyName, preset: Preset) -> str | None:
+    """What to say of a budget that the embedded model does not bear."""
     borne = FORM_READER_BUDGETS[preset]
-    is_short = model is None and budget < borne and policy is not PolicyName.full
-    note = (
-        f"{vlm.name} bears budgets down to {borne:g} with --preset {preset.value}; at {budget:g}"
+    if model is not None or budget >= borne or policy is PolicyName.full:
+        return None
+    return (
+        f"form-reader bears budgets down to {borne:g} with --preset {preset.value}; at {budget:g}"
         " expect wrong answers (see vlcache demo --sweep)"
     )
-    report = answer.report
-    prompt_tokens = int(inputs["input_ids"].shape[1])
-    full_bytes = report.bytes_before if report else answer.kv_bytes
-    if json:
-        print_json(
-            {
-                "model": vlm.name,
-                "images": [str(path) for path in image],
-                "prompt": prompt,
-                "answer": answer.text,
-                "budget": budget,
-                "policy": policy.value,
-                "preset": preset.value,
-                "prompt_tokens": prompt_tokens,
-                "new_tokens": answer.num_tokens,
-                "kv_bytes": answer.kv_bytes,
-                "full_kv_bytes": full_bytes,
-                "kept": answer.kept,
-                "seconds": answer.seconds,
-                "note": note if is_short else None,
-            }
-        )
-        return
+
+
+def _print(answer: Answer, prompt_tokens: int, full_bytes: int, note: str | None) -> None:
     print(answer.text)
     console = Console(stderr=True, highlight=False)
     console.print(
@@ -93,5 +105,5 @@ def generate(
         f" {answer.num_tokens} tokens in {answer.seconds:.1f} s",
         style="dim",
     )
-    if is_short:
+    if note:
         console.print(note, style="yellow")

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import is_torchvision_available, logging
+from transformers.utils import logging
 
 from vlcache_triton import VLCacheConfig
-from vlcache_triton.apps.formreader import chat, load_form_reader
+from vlcache_triton.apps.formreader import load_form_reader
 from vlcache_triton.apps.images import read_image
+from vlcache_triton.apps.models import encode, load_model
 from vlcache_triton.integrations.transformers import vl_cache
 from vlcache_triton.integrations.transformers.names import CACHE
 from vlcache_triton.recipe.policies import VL_CACHE, Policy
@@ -80,45 +80,17 @@ class VisionLanguageModel:
             self.model, self.processor = load_form_reader(device=self.device, dtype=chosen)
             return
         check_exists(source)
-        if dtype == "auto" and self.device.type == "cpu":
-            dtype = "float32"  # half precision is slow on CPUs
         try:
-            self.processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-            model = AutoModelForImageTextToText.from_pretrained(
-                source, dtype=dtype, trust_remote_code=False
-            )
-        except (OSError, ValueError, ImportError) as error:
-            reason = _missing_torchvision(error) or one_line(str(error))
-            raise UserError(f"model: cannot load {source!r}: {reason}") from error
-        with _refusals():  # where the GPU is too small
-            self.model = model.eval().to(self.device)
+            self.model, self.processor = load_model(source, device=self.device, dtype=dtype)
+        except ValueError as error:
+            raise UserError(f"model: cannot load {source!r}: {one_line(str(error))}") from error
+        except torch.OutOfMemoryError as error:
+            raise UserError(str(error)) from error
 
     def encode(self, images: Sequence[Image.Image], prompt: str) -> Any:
-        """A user's turn, images first, as the inputs of `generate`, on the model's device.
-
-        Where the processor has no chat template, the prompt is taken as it is; it may then say
-        itself where the images go, with the processor's image token.
-        """
-        has_template = bool(getattr(self.processor, "chat_template", None))
-        image_token = getattr(self.processor, "image_token", None) or ""
-        marks = prompt.count(image_token) if image_token else 0
-        if marks not in ((0,) if has_template else (0, len(images))):
-            raise UserError(
-                f"prompt: got {marks} {image_token} in it, expected none: images go first"
-            )
+        """A user's turn, images first, as the inputs of `generate`, on the model's device."""
         with _refusals():
-            if has_template:
-                inputs = self.processor.apply_chat_template(
-                    chat(images, [prompt]),
-                    add_generation_prompt=True,
-                    tokenize=True,
-                    return_dict=True,
-                    return_tensors="pt",
-                )
-            else:
-                text = prompt if marks else image_token * len(images) + prompt
-                inputs = self.processor(images=list(images), text=text, return_tensors="pt")
-        return inputs.to(self.device, dtype=self.model.dtype)
+            return encode(self.model, self.processor, images, prompt)
 
     def answer(
         self,
@@ -183,15 +155,6 @@ def _device(name: str | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= num_gpus:
         raise UserError(f"device: got {name!r}, but torch can use {num_gpus} GPUs (vlcache env)")
     return device
-
-
-def _missing_torchvision(error: Exception) -> str | None:
-    """What to install, where that is why: Transformers says it over many lines, naming no pip."""
-    if not isinstance(error, ImportError) or is_torchvision_available():
-        return None
-    if "torchvision" not in str(error).lower():
-        return None
-    return "its processor needs torchvision: pip install torchvision"
 
 
 def open_images(paths: Sequence[Path]) -> list[Image.Image]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from vlcache_triton.apps.formreader import Task, chat, draw_dialogue, encode_chats, render
+from vlcache_triton.apps.chat import chat
+from vlcache_triton.apps.formreader import Task, draw_dialogue, encode_chats, render
 from vlcache_triton.apps.images import read_image
 
 from .decode import Query

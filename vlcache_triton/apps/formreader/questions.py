@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from .pages import Page, draw_pages
 
@@ -78,29 +78,3 @@ def draw_dialogue(
     rng = Random(seed)
     pages = draw_pages(rng, num_pages, fields=fields, clutter=clutter)
     return Dialogue(pages, ask(rng, pages, tasks))
-
-
-def chat(
-    images: Sequence[Any], questions: Sequence[str], answers: Sequence[str] = ()
-) -> list[dict[str, Any]]:
-    """Messages for `processor.apply_chat_template`: the images stand in the first turn.
-
-    Args:
-        images: what the processor takes as an image, the pages in order.
-        questions: the texts of the turns so far, the one to answer last.
-        answers: of the turns before, one fewer than questions.
-    """
-    if len(answers) != len(questions) - 1:
-        raise ValueError(
-            f"answers: got {len(answers)}, expected {len(questions) - 1}, one fewer than questions"
-        )
-    messages = []
-    for turn, question in enumerate(questions):
-        content: list[dict[str, Any]] = [{"type": "text", "text": question}]
-        if turn == 0:
-            content = [{"type": "image", "image": image} for image in images] + content
-        else:
-            reply = {"type": "text", "text": answers[turn - 1]}
-            messages.append({"role": "assistant", "content": [reply]})
-        messages.append({"role": "user", "content": content})
-    return messages
