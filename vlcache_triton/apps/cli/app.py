@@ -16,6 +16,7 @@ from .env import env
 from .eval import evaluate
 from .generate import generate
 from .inspect import inspect
+from .reproduce import reproduce
 
 app = typer.Typer(
     name="vlcache",
@@ -27,6 +28,7 @@ app = typer.Typer(
 for command in (demo, generate, inspect):
     app.command()(command)
 app.command("eval")(evaluate)
+app.command()(reproduce)
 app.command()(env)
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json as json_module
-import platform
-from collections.abc import Callable, Iterator, Sequence
-from datetime import date
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,22 +12,18 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from .console import UserError, one_line, print_json, progress
+from .folder import check_folder, make_folder
 from .options import DeviceOption, Dtype, DtypeOption, JsonOption, ModelOption
 
 if TYPE_CHECKING:
-    from vlcache_triton.apps.evaluation import Cell, Item
-
-    from .vlm import VisionLanguageModel
+    from vlcache_triton.apps.evaluation import Cell
 
 # The names of vlcache_triton.apps.evaluation.SUITES, which take torch to import.
 SUITE_NAMES = ("value", "field", "count", "next", "list", "value, 2 images", "value, 3 turns")
 QUICK_PAGES = 6
 QUICK_SUITES = ["value", "next", "value, 3 turns"]
 QUICK_BUDGETS = [0.05, 0.1, 0.2, 0.4]
-RESULTS, SETTINGS = "results.jsonl", "settings.json"
-
-#: (suite, index, how to evaluate it).
-Job = tuple[str, int, Callable[[], dict[str, Any]]]
+RESULTS = "results.jsonl"
 
 
 DataOption = Annotated[
@@ -95,28 +88,30 @@ def evaluate(
 
     from vlcache_triton.apps.evaluation import BUDGETS, run, summarise
 
-    from .vlm import VisionLanguageModel
+    from .questions import evaluations, form_questions, own_items, own_questions
+    from .vlm import VisionLanguageModel, about
 
     budgets = sorted(set(budget or (QUICK_BUDGETS if quick else BUDGETS)))
     pages = min(pages, QUICK_PAGES) if quick else pages
     settings = {"model": model, "data": data and str(data), "budgets": budgets}
     if dtype is not Dtype.auto:
         settings["dtype"] = dtype.value
-    items = [] if data is None else _own_items(data, max_new_tokens)
-    _check_folder(out, settings)
+    items = [] if data is None else own_items(data, max_new_tokens)
+    check_folder(out, settings, RESULTS)
     vlm = VisionLanguageModel(model, device=device, dtype=dtype.value)
     if data is None:
         torch.set_num_threads(1)  # so small a model only waits for further threads
-        jobs = list(_form_jobs(vlm, suites, pages, budgets))
+        questions = list(form_questions(vlm, suites, pages))
     else:
-        jobs = list(_own_jobs(vlm, items, budgets))
-    _make_folder(out, settings)
+        questions = list(own_questions(vlm, items))
+    jobs = evaluations(vlm, questions, budgets)
+    make_folder(out, settings)
     with progress("evaluating", len(jobs)) as steps:
         try:
             results = run(jobs, out / RESULTS, lambda: steps.advance(steps.task_ids[0]))
         except (ValueError, NotImplementedError, torch.OutOfMemoryError) as error:
             raise UserError(one_line(str(error))) from error
-    summary = _write(out, summarise(results), _about(vlm))
+    summary = _write(out, summarise(results), about(vlm.name, vlm.device))
     if json:
         print_json(summary)
         return
@@ -156,91 +151,3 @@ def _write(out: Path, cells: Sequence[Cell], about: dict[str, str]) -> dict[str,
     for name in names(cells, "suite"):
         plot(cells, name, out / f"{name.replace(', ', '-').replace(' ', '-')}.png")
     return summary
-
-
-def _form_jobs(
-    vlm: VisionLanguageModel, suites: Sequence[str], pages: int, budgets: list[float]
-) -> Iterator[Job]:
-    """Suites in turn, page by page, so that a run that is cut off has of each."""
-    from vlcache_triton.apps.evaluation import SUITES, Suite, encode_form, evaluate_item, form_item
-
-    def job(suite: Suite, index: int) -> dict[str, Any]:
-        item = form_item(suite, index)
-        query = encode_form(vlm.processor, item, vlm.model.device)
-        return evaluate_item(vlm.model, vlm.processor, item, query, budgets)
-
-    chosen = [s for s in SUITES if s.name in suites]
-    for index in range(pages):
-        for suite in chosen:
-            yield suite.name, index, functools.partial(job, suite, index)
-
-
-def _own_items(data: Path, max_new_tokens: int) -> list[Item]:
-    from vlcache_triton.apps.evaluation import read_items
-
-    try:
-        return read_items(data, max_new_tokens)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"data: cannot read {str(error.filename or data)!r}: {reason}") from error
-    except ValueError as error:
-        raise UserError(f"data: {one_line(str(error))}") from error
-
-
-def _own_jobs(
-    vlm: VisionLanguageModel, items: Sequence[Item], budgets: list[float]
-) -> Iterator[Job]:
-    import torch
-
-    from vlcache_triton.apps.evaluation import Query, evaluate_item
-    from vlcache_triton.apps.images import read_image
-
-    def job(item: Item) -> dict[str, Any]:
-        inputs = vlm.encode([read_image(image) for image in item.images], item.turns[0])
-        query = Query(dict(inputs), torch.empty(0, dtype=torch.int64))
-        return evaluate_item(vlm.model, vlm.processor, item, query, budgets)
-
-    for item in items:
-        yield item.suite, item.index, functools.partial(job, item)
-
-
-def _check_folder(out: Path, settings: dict[str, Any]) -> None:
-    """See that what the folder holds was measured in the same way; without results, nothing was."""
-    try:
-        if not (out / RESULTS).exists() or not (out / RESULTS).stat().st_size:
-            return
-        found = json_module.loads((out / SETTINGS).read_text())
-    except OSError as error:
-        raise UserError(f"out: cannot read {str(out)!r}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UserError(f"out: {str(out / SETTINGS)!r} holds no JSON: {error}") from error
-    if found != settings:
-        raise UserError(f"out: {str(out)!r} holds results of {found}, expected {settings}")
-
-
-def _make_folder(out: Path, settings: dict[str, Any]) -> None:
-    """Make the folder, and say in it what its results will be of."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / SETTINGS).write_text(json_module.dumps(settings) + "\n")
-    except OSError as error:
-        raise UserError(f"out: cannot write {str(out)!r}: {error.strerror or error}") from error
-
-
-def _about(vlm: VisionLanguageModel) -> dict[str, str]:
-    import os
-
-    import torch
-    import transformers
-
-    if vlm.device.type == "cuda":
-        machine = torch.cuda.get_device_name(vlm.device)
-    else:
-        machine = f"{os.cpu_count()} CPU cores"
-    return {
-        "model": vlm.name,
-        "date": date.today().isoformat(),
-        "machine": machine,
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__},"
-        f" transformers {transformers.__version__}",
-    }

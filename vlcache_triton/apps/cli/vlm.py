@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from PIL import Image
 from transformers.utils import logging
 
@@ -69,7 +73,7 @@ class VisionLanguageModel:
         self, source: str | None, *, device: str | None = None, dtype: str = "auto"
     ) -> None:
         self.name = source or EMBEDDED
-        self.device = _device(device)
+        self.device = choose_device(device)
         logging.set_verbosity_error()
         if source is None or not sys.stderr.isatty():
             logging.disable_progress_bar()
@@ -142,7 +146,24 @@ class VisionLanguageModel:
         return time.perf_counter()
 
 
-def _device(name: str | None) -> torch.device:
+def about(name: str, device: torch.device) -> dict[str, str]:
+    """What to say of a measurement: model, date, machine, versions."""
+    is_gpu = device.type == "cuda"
+    return {
+        "model": name,
+        "date": date.today().isoformat(),
+        "machine": torch.cuda.get_device_name(device) if is_gpu else f"{os.cpu_count()} CPU cores",
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__},"
+        f" transformers {transformers.__version__}",
+    }
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of this name, or the GPU where there is one.
+
+    Raises:
+        UserError: where there is no such device.
+    """
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name is None:
         return torch.device("cuda" if num_gpus else "cpu")

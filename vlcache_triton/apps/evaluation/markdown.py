@@ -63,7 +63,7 @@ def _full(cells: Sequence[Cell]) -> str:
         if cell.variant == FULL
     ]
     head = ["task", "items", "exact match (95 %)", "ANLS", "KV cache, MB"]
-    return "## The full cache\n\n" + _table(head, rows)
+    return "## The full cache\n\n" + table(head, rows)
 
 
 def _by_task(cells: Sequence[Cell]) -> list[str]:
@@ -72,9 +72,8 @@ def _by_task(cells: Sequence[Cell]) -> list[str]:
     tables = []
     for budget in _measured(cells, SMALL_BUDGETS):
         for variants in (FIRST, FIRST_WITH_ROW):
-            table = _tasks_at(cells, budget, variants)
-            if table:
-                tables.append(table)
+            tables.append(_tasks_at(cells, budget, variants))
+    tables = list(filter(None, tables))
     if not tables:
         return []
     said = (
@@ -97,7 +96,7 @@ def _tasks_at(cells: Sequence[Cell], budget: float, variants: Sequence[str]) -> 
         row = [pick(cells, suite, variant, budget) for variant in found]
         of = f"{full.num_full} of {full.num_items}"
         rows.append([suite, of, *(_kept_and_ratio(cell) for cell in row)])
-    return _table([f"at {_percent(budget)}", "right with all", *found], rows)
+    return table([f"at {percent(budget)}", "right with all", *found], rows)
 
 
 def _kept_and_ratio(cell: Cell | None) -> str:
@@ -139,8 +138,8 @@ def _rivals(cells: Sequence[Cell], suite: str) -> str:
             rows.append([variant, *(_interval(cell) for cell in found)])
     if not rows:
         return ""
-    head = ["kept", *(_percent(budget) for budget in budgets)]
-    return "\n\n".join(["## Every policy", _what_is_counted(suite), _table(head, rows)])
+    head = ["kept", *(percent(budget) for budget in budgets)]
+    return "\n\n".join(["## Every policy", _what_is_counted(suite), table(head, rows)])
 
 
 def _ablation(cells: Sequence[Cell], suite: str) -> str:
@@ -153,13 +152,13 @@ def _ablation(cells: Sequence[Cell], suite: str) -> str:
             rows.append([layers, scores, *(_interval(cell) for cell in found)])
     if not rows:
         return ""
-    head = ["layers", "scores", *(_percent(budget) for budget in budgets)]
+    head = ["layers", "scores", *(percent(budget) for budget in budgets)]
     return "\n\n".join(
         [
             "## Ablation",
             _what_is_counted(suite)
             + " All-row cells take the layers' sparsity from all rows, too.",
-            _table(head, rows),
+            table(head, rows),
         ]
     )
 
@@ -181,7 +180,7 @@ def _by_budget(cells: Sequence[Cell], text: Callable[[Cell], str]) -> str:
     for variant in names(cells, "variant"):
         found = [pick(cells, cells[0].suite, variant, budget) for budget in budgets]
         rows.append([variant, *("" if cell is None else text(cell) for cell in found)])
-    return _table(["kept", *(_percent(budget) for budget in budgets)], rows)
+    return table(["kept", *(percent(budget) for budget in budgets)], rows)
 
 
 def _interval(cell: Cell | None) -> str:
@@ -190,7 +189,8 @@ def _interval(cell: Cell | None) -> str:
     return f"{cell.retained:.3f} ({cell.retained_low:.3f} to {cell.retained_high:.3f})"
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """0.05 as "5%"."""
     return f"{100 * share:.3g}%"
 
 
@@ -198,6 +198,7 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The first column to the left, the others to the right."""
     rule = ["---", *("---:" for _ in head[1:])]
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))

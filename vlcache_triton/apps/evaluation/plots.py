@@ -62,7 +62,7 @@ def draw_first(cells: Sequence[Cell]) -> Figure:
     full = pick(here, suite, FULL, 1.0)
     assert full is not None
     axes.axhline(full.exact, color="0.6", lw=1, ls=":", label="full cache")
-    _mark_budgets(axes, sorted({c.budget for c in here if c.budget < 1}) or [1.0])
+    mark_budgets(axes, sorted({c.budget for c in here if c.budget < 1}) or [1.0])
     axes.set(xlabel="kept of the KV cache", ylabel=f"exact answers, {suite}", ylim=(-0.02, 1.02))
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
@@ -83,8 +83,8 @@ def _is_svg(path: Path) -> bool:
     return path.suffix == ".svg"
 
 
-def _colours() -> Iterator[Any]:
-    """Tab20's, the strong ones first."""
+def colours() -> Iterator[Any]:
+    """Of many curves: tab20's, the strong ones first."""
     from matplotlib import colormaps
 
     # Without the greys: the full cache is grey.
@@ -106,11 +106,11 @@ def draw_curves(cells: Sequence[Cell], suite: str) -> Figure:
     here = [c for c in cells if c.suite == suite]
     left_out = {*ABLATION.values()} - {PAPER} | {FULL}
     variants = [v for v in names(here, "variant") if v not in left_out]
-    colours = dict(zip(dict.fromkeys(map(base_name, variants)), _colours(), strict=False))
+    palette = dict(zip(dict.fromkeys(map(base_name, variants)), colours(), strict=False))
     for axes, (metric, label) in zip(panels, METRICS.items(), strict=True):
         for variant in variants:
             base = base_name(variant)
-            colour, dashes = colours[base], "-" if variant == base else "--"
+            colour, dashes = palette[base], "-" if variant == base else "--"
             points = _points(here, variant, metric)
             x, y = _xy(points, metric)
             width = 2.2 if variant in EMPHASISED else 1.1
@@ -121,7 +121,7 @@ def draw_curves(cells: Sequence[Cell], suite: str) -> Figure:
         full = pick(here, suite, FULL, 1.0)
         if full is not None and getattr(full, metric) is not None:
             axes.axhline(getattr(full, metric), color="0.6", lw=1, ls="--", label="full cache")
-        _mark_budgets(axes, sorted({c.budget for c in here}))
+        mark_budgets(axes, sorted({c.budget for c in here}))
         axes.set(xlabel="kept of the cache", ylabel=label, ylim=(-0.02, 1.02))
         axes.grid(alpha=0.25)
     handles, labels = axes.get_legend_handles_labels()
@@ -133,7 +133,7 @@ def draw_curves(cells: Sequence[Cell], suite: str) -> Figure:
     return figure
 
 
-def _mark_budgets(axes: Any, budgets: Sequence[float]) -> None:
+def mark_budgets(axes: Any, budgets: Sequence[float]) -> None:
     """A logarithmic axis with a tick at each budget, and its text where there is room for it."""
     low, high = 0.9 * budgets[0], 1.1 * budgets[-1]
     room = TICK_ROOM * log(high / low)

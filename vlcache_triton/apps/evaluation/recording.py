@@ -100,31 +100,39 @@ class Recording(VLCache):
             if not isinstance(layer, VLCacheLayer)
         }
 
-    def answer_attention(self, num_rows: int) -> Tensor:
-        """What the last `num_rows` rows decoded paid to each token of the prompt.
-
-        Returns `[num_layers, num_kv_heads, length]` fp32: attention with the full cache, summed
-        over rows and averaged over the query heads of a KV head.
-        """
-        assert self.prompt is not None and isinstance(self.ragged, _Watched)
-        ragged, length = self.ragged, self.prompt.padded_length
-        per_layer = []
+    def answer_stats(self, num_rows: int, threshold: float = 0.01) -> list[PostVisionStats]:
+        """What the last `num_rows` rows decoded say of each layer of the full cache: the attention
+        that each token received, summed over rows and averaged over the query heads of a KV head,
+        and how sparse it is."""
+        assert isinstance(self.ragged, _Watched)
+        ragged, stats = self.ragged, []
         for layer, recorded in enumerate(self._recorded):
             starts = ragged.cu_seqlens_k[layer, :-1].long()
             rows = starts[:, None] + torch.arange(self.get_seq_length(), device=starts.device)
             k = ragged.k[rows, 0].transpose(0, 1).contiguous()  # [num_seen, num_kv_heads, d]
             q = torch.cat(ragged.queries[layer])[-num_rows:]
-            stats = ragged.backend.post_vision_stats(
-                q,
-                k,
-                torch.tensor([0, len(q)], dtype=torch.int32, device=k.device),
-                torch.tensor([0, len(k)], dtype=torch.int32, device=k.device),
-                len(q),
-                len(k),
-                softmax_scale=recorded.softmax_scale,
+            cu_seqlens = [
+                torch.tensor([0, len(x)], dtype=torch.int32, device=k.device) for x in (q, k)
+            ]
+            stats.append(
+                ragged.backend.post_vision_stats(
+                    q,
+                    k,
+                    *cu_seqlens,
+                    len(q),
+                    len(k),
+                    softmax_scale=recorded.softmax_scale,
+                    threshold=threshold,
+                )
             )
-            per_layer.append(stats.scores[:, :length])
-        return torch.stack(per_layer)
+        return stats
+
+    def answer_attention(self, num_rows: int) -> Tensor:
+        """What the last `num_rows` rows decoded paid to each token of the prompt, `[num_layers,
+        num_kv_heads, length]` fp32."""
+        assert self.prompt is not None
+        length = self.prompt.padded_length
+        return torch.stack([stats.scores[:, :length] for stats in self.answer_stats(num_rows)])
 
     def compress(self, plans: Sequence[CompressionPlan]) -> CompressedCopies:
         """One cache of as many sequences as plans: the prompt, compressed in each way.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from vlcache_triton.recipe.config import VLCacheConfig
-from vlcache_triton.recipe.policies import POLICIES, VL_CACHE, Policy, hindsight, snapkv
+from vlcache_triton.recipe.policies import POLICIES, VL_CACHE, Policy, Scoring, hindsight, snapkv
 
 BUDGETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 
@@ -57,9 +59,16 @@ def rivals(budget: float) -> list[Variant]:
 
 def tuned_snapkv(budget: float) -> Variant:
     """SnapKV with the window and the pooling that answered best on the tuning pages, of as many
-    candidates as `VLCacheConfig.tuned()` was chosen from: benchmarks/results/accuracy/tuning.md."""
+    candidates as `VLCacheConfig.tuned()` was chosen from: benchmarks/results/accuracy/tuning.md.
+    A maximum of neighbours, which its authors' code has as well."""
+    plain = snapkv(window=20, pool=1)
+    assert plain.score is not None
     config = VLCacheConfig(budget=budget, recent_fraction=0.0)  # its window is what is recent
-    return Variant(PEER, config, snapkv(window=16, pool=3))
+    return Variant(PEER, config, replace(plain, score=partial(_max_pooled, 5, plain.score)))
+
+
+def _max_pooled(width: int, score: Scoring, scores: Tensor, is_visual: Tensor | None) -> Tensor:
+    return score(F.max_pool1d(scores, width, 1, width // 2), is_visual)
 
 
 def readings(budget: float) -> list[Variant]:
