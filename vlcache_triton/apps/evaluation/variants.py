@@ -9,7 +9,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlcache_triton.recipe.config import VLCacheConfig
+from vlcache_triton.recipe.config import Remainder, VLCacheConfig
 from vlcache_triton.recipe.policies import POLICIES, VL_CACHE, Policy, Scoring, hindsight, snapkv
 
 BUDGETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -19,8 +19,8 @@ FULL, PAPER, OURS, FLOOR, ORACLE = "full", "vl_cache", "tuned", "random", "atten
 PAPER_BY_LAYER, PAPER_CLIPPING = "vl_cache, one set a layer", "vl_cache, literal clipping"
 PEER = "snapkv, tuned"
 WITH_ROW, WITHOUT_ROW = ", a row", ", no row"
-#: What is compared with a row for the evicted tokens, and without.
-REMAINDERS = (PAPER, PAPER_BY_LAYER, OURS, PEER, FLOOR, ORACLE)
+#: What is compared with a row for the evicted tokens, and without; and PEER, tuned for each.
+REMAINDERS = (PAPER, PAPER_BY_LAYER, OURS, FLOOR, ORACLE)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ def compare_all(budget: float, attention: Tensor | None) -> list[Variant]:
     with a row for what is evicted as well."""
     oracle = [] if attention is None else [attention_oracle(budget, attention)]
     variants = [*rivals(budget), *readings(budget), *ablation(budget), *oracle]
-    return variants + [with_row(v) for v in variants if v.name in REMAINDERS]
+    with_rows = [with_row(v) for v in variants if v.name in REMAINDERS]
+    return [*variants, *with_rows, tuned_snapkv(budget, "mean")]
 
 
 def rivals(budget: float) -> list[Variant]:
@@ -57,14 +58,18 @@ def rivals(budget: float) -> list[Variant]:
     return [*(Variant(p.name, config, p) for p in policies), tuned_snapkv(budget), tuned]
 
 
-def tuned_snapkv(budget: float) -> Variant:
-    """SnapKV with the window and the pooling that answered best on the tuning pages, of as many
-    candidates as `VLCacheConfig.tuned()` was chosen from: benchmarks/results/accuracy/tuning.md.
-    A maximum of neighbours, which its authors' code has as well."""
+def tuned_snapkv(budget: float, remainder: Remainder = "none") -> Variant:
+    """SnapKV with the window and the pooling that answered best on the tuning pages, without a row
+    for what is evicted and with one, of as many candidates as `VLCacheConfig.tuned()` was chosen
+    from: benchmarks/results/accuracy/tuning.md. A maximum of neighbours, which its authors' code
+    has as well."""
+    width = 5 if remainder == "none" else 3
     plain = snapkv(window=20, pool=1)
     assert plain.score is not None
-    config = VLCacheConfig(budget=budget, recent_fraction=0.0)  # its window is what is recent
-    return Variant(PEER, config, replace(plain, score=partial(_max_pooled, 5, plain.score)))
+    policy = replace(plain, score=partial(_max_pooled, width, plain.score))
+    # Its window is what is recent.
+    config = VLCacheConfig(budget=budget, recent_fraction=0.0, remainder=remainder)
+    return Variant(PEER if remainder == "none" else PEER + WITH_ROW, config, policy)
 
 
 def _max_pooled(width: int, score: Scoring, scores: Tensor, is_visual: Tensor | None) -> Tensor:
