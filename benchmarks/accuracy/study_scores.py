@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,6 +182,17 @@ def last_16(how: str = "mean") -> Callable[[Seen], Tensor]:
     return lambda seen: smooth(grouped(last(seen, 16), how))
 
 
+def snapkv(window: int, width: int, how: str) -> Callable[[Seen], Tensor]:
+    """SnapKV: attention of the last rows, pooled over neighbours; the rows' own tokens first."""
+
+    def score(seen: Seen) -> Tensor:
+        scores = smooth(grouped(last(seen, window)), width, how)
+        scores[..., -window:] = 1e6 + torch.arange(window)  # above any sum, the latest first
+        return scores
+
+    return score
+
+
 CANDIDATES = [
     Candidate("paper", lambda s: grouped(last(s))),
     Candidate("paper, uniform layers", lambda s: grouped(last(s)), allocation="uniform"),
@@ -280,6 +292,17 @@ CANDIDATES = [
     Candidate("paper, one set a layer", lambda s: one_set(grouped(last(s)))),
     Candidate("random", random_scores, allocation="uniform", recent_fraction=0.0),
     Candidate("hindsight", lambda s: grouped(s.decoded), recent_fraction=0.0),
+]
+#: SnapKV's own choices, about as many candidates as `tuned()` was chosen from.
+CANDIDATES += [
+    Candidate(
+        f"SnapKV, window {window}, {how} of {width}" if width > 1 else f"SnapKV, window {window}",
+        snapkv(window, width, how),
+        allocation="uniform",
+        recent_fraction=0.0,
+    )
+    for window in (1, 4, 8, 12, 16, 20, 24, 32)
+    for width, how in ((1, "mean"), *product((3, 5, 7), ("mean", "maximum")))
 ]
 CANDIDATES += [replace(c, name=f"{c.name}; a row", remainder=True) for c in CANDIDATES]
 

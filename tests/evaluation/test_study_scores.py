@@ -9,9 +9,11 @@ import torch
 from vlcache_triton import VLCacheConfig
 from vlcache_triton.apps.evaluation import Query, Variant
 from vlcache_triton.apps.evaluation.decode import prefill
+from vlcache_triton.apps.evaluation.variants import tuned_snapkv
 from vlcache_triton.apps.formreader import chat, draw_dialogue, encode_chats, render
 from vlcache_triton.integrations.transformers import vl_cache
 from vlcache_triton.integrations.transformers.names import CACHE
+from vlcache_triton.recipe.policies import snapkv
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "accuracy"))
 
@@ -56,16 +58,28 @@ def seen_and_recording(study):
     return study.look(inputs["input_ids"][0], 1), recording
 
 
-@pytest.mark.parametrize("name", NAMES)
+VARIANTS = {name: Variant(name, config) for name, config in NAMES.items()} | {
+    "SnapKV, window 20, maximum of 5": tuned_snapkv(0.1),
+    "SnapKV, window 20, maximum of 3; a row": tuned_snapkv(0.1, "mean"),
+    "SnapKV, window 32, mean of 5": Variant("", VLCacheConfig(budget=0.1), snapkv()),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
 def test_a_candidate_keeps_what_the_recipe_keeps(seen_and_recording, name):
     seen, recording = seen_and_recording
     mask = candidate(name).keep(seen, 0.1)
-    plan = recording.plan_for(Variant(name, NAMES[name]))
+    plan = recording.plan_for(VARIANTS[name])
     differing = 0
     for layer in range(len(mask)):
         for head, kept in enumerate(plan.kept_positions(layer, 0).tolist()):
             differing += len(set(kept) ^ set(mask[layer, head].nonzero().flatten().tolist()))
     assert differing <= 4  # two scores that are equal but for rounding
+
+
+def test_snapkv_has_as_many_candidates_as_the_tuned_preset():
+    number = sum(c.name.startswith("SnapKV") for c in study_scores.CANDIDATES)
+    assert (number, len(study_scores.CANDIDATES) - number) == (112, 108)
 
 
 def test_what_sees_everything_survives(study, monkeypatch):
