@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from . import append, compact, decode, reference, remainder, score, select
-from .reference import PostVisionStats, Selection
+from . import key_value_stats as key_value
+from .types import KeyValueStats, PostVisionStats, Selection
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -63,6 +64,13 @@ def _fake_stats(
     )
 
 
+def _fake_key_value_stats(k, v, cu_seqlens_k, max_seqlen_k, *, block_table=None, **options):
+    num_seqs, (num_kv_heads, d) = cu_seqlens_k.shape[0] - 1, k.shape[-2:]
+    total_k = k.shape[0] if block_table is None else num_seqs * max_seqlen_k
+    shapes = ((num_seqs, num_kv_heads, d), (num_seqs, num_kv_heads), *[(num_kv_heads, total_k)] * 2)
+    return tuple(k.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
 def _fake_selection(scores, cu_seqlens, keep, recent, *, max_seqlen, total_kept=None):
     size = scores.numel() if total_kept is None else total_kept
     num_segments = keep.numel() * scores.shape[-2]
@@ -89,6 +97,12 @@ _post_vision_stats = _operator(
     " Tensor? seqused_k=None, Tensor? block_table=None, Tensor? row_weights=None,"
     ' str row_reduction="sum", str group_reduction="mean") -> (Tensor, Tensor, Tensor)',
     _fake_stats,
+)
+_key_value_stats = _operator(
+    key_value.key_value_stats,
+    "(Tensor k, Tensor v, Tensor cu_seqlens_k, SymInt max_seqlen_k, *, Tensor? seqused_k=None,"
+    " Tensor? block_table=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_key_value_stats,
 )
 _select_tokens = _operator(
     select.select_tokens,
@@ -139,6 +153,10 @@ def _compiled_stats(*args: Any, **kwargs: Any) -> PostVisionStats:
     return PostVisionStats(*_post_vision_stats(*args, **kwargs))
 
 
+def _compiled_key_value_stats(*args: Any, **kwargs: Any) -> KeyValueStats:
+    return KeyValueStats(*_key_value_stats(*args, **kwargs))
+
+
 def _compiled_selection(*args: Any, **kwargs: Any) -> Selection:
     return Selection(*_select_tokens(*args, **kwargs))
 
@@ -157,6 +175,7 @@ def _compiled_decode(
 
 
 post_vision_stats = _compilable(score.post_vision_stats, _compiled_stats)
+key_value_stats = _compilable(key_value.key_value_stats, _compiled_key_value_stats)
 select_tokens = _compilable(select.select_tokens, _compiled_selection)
 compact_kv = _compilable(compact.compact_kv, _compact_kv)
 compact_kv_ = _compilable(compact.compact_kv_, _compact_kv_in_place)

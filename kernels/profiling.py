@@ -135,3 +135,26 @@ def store_means(x: Arguments) -> tuple[int, int]:
     """The sums, and the means of segments that have evicted."""
     written = int(x["counts_ptr"].count_nonzero()) * _row_size(x, "out_k_ptr")
     return _size(x["sum_k_ptr"], x["sum_v_ptr"]) + written, 0
+
+
+def _live_rows(x: Arguments, row_size: int) -> int:
+    return int(_lengths(x, True).sum()) * x["num_kv_heads"] * row_size
+
+
+@_launch_metadata
+def unit_key_sums(x: Arguments) -> tuple[int, int]:
+    """K and V, the norms, and the partial sums."""
+    return _live_rows(x, _row_size(x, "k_ptr") + 4) + _size(x["sum_ptr"]), 0
+
+
+@_launch_metadata
+def mean_unit_keys(x: Arguments) -> tuple[int, int]:
+    """The partial sums, and what they become."""
+    return _size(x["sum_ptr"], x["mean_ptr"], x["mean_norm_ptr"]), 0
+
+
+@_launch_metadata
+def key_cosines(x: Arguments) -> tuple[int, int]:
+    """K, the means, and the cosines."""
+    row_size = x["HEAD_SIZE"] * x["k_ptr"].element_size() + 4
+    return _live_rows(x, row_size) + _size(x["mean_ptr"], x["mean_norm_ptr"]), 0

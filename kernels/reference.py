@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .types import PostVisionStats, Selection
+from .types import KeyValueStats, PostVisionStats, Selection
 
 
 def post_vision_stats(
@@ -62,6 +63,31 @@ def post_vision_stats(
         retained[i] = passes.sum((1, 2))
         visible[i] = mask.sum()
     return PostVisionStats(scores, retained, visible)
+
+
+def key_value_stats(
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_k: int,
+    *,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+) -> KeyValueStats:
+    """Directions of keys and norms of values: `key_value_stats.key_value_stats`."""
+    num_kv_heads, d = k.shape[-2:]
+    starts = cu_seqlens_k.tolist()
+    num_seqs = len(starts) - 1
+    total_k = k.shape[0] if block_table is None else num_seqs * max_seqlen_k
+    mean_key = torch.zeros(num_seqs, num_kv_heads, d, dtype=torch.float32, device=k.device)
+    key_cosine, value_norm = (mean_key.new_zeros(num_kv_heads, total_k) for _ in range(2))
+    for i, (length, rows) in enumerate(_live_rows(cu_seqlens_k, seqused_k, block_table, k)):
+        unit = F.normalize(rows(k).float(), dim=-1)  # [n, H_kv, d]
+        mean_key[i] = unit.sum(0) / max(length, 1)
+        here = slice(starts[i], starts[i] + length)
+        key_cosine[:, here] = (unit * F.normalize(mean_key[i], dim=-1)).sum(-1).T
+        value_norm[:, here] = rows(v).float().norm(dim=-1).T
+    return KeyValueStats(mean_key, mean_key.norm(dim=-1), key_cosine, value_norm)
 
 
 def select_tokens(

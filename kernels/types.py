@@ -25,6 +25,23 @@ class PostVisionStats(NamedTuple):
     visible: Tensor
 
 
+class KeyValueStats(NamedTuple):
+    """What the keys and values of one layer are like.
+
+    mean_key: `[num_seqs, num_kv_heads, d]` fp32, the mean of a sequence's keys, each of norm 1.
+    mean_key_norm: `[num_seqs, num_kv_heads]` fp32, from 0 to 1, where all keys have one direction.
+        The mean cosine of two different keys of n is (n * mean_key_norm² - 1) / (n - 1).
+    key_cosine: `[num_kv_heads, total_k]` fp32, of each key to the mean unit key.
+    value_norm: `[num_kv_heads, total_k]` fp32, the Euclidean norm of each value.
+        Both are 0 for rows that belong to no live key.
+    """
+
+    mean_key: Tensor
+    mean_key_norm: Tensor
+    key_cosine: Tensor
+    value_norm: Tensor
+
+
 class Selection(NamedTuple):
     """Kept positions of every segment, packed; a segment is one (layer, sequence, KV head).
 

@@ -33,7 +33,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from vlcache_triton.kernels import append, compact, decode, remainder, score, select
+from vlcache_triton.kernels import (
+    append,
+    compact,
+    decode,
+    key_value_stats,
+    remainder,
+    score,
+    select,
+)
 
 TARGETS = (80, 90, 100)
 H100_MULTIPROCESSORS = 132
@@ -151,6 +159,8 @@ def call_host_functions(case: Case) -> None:
         if options:
             options = options | dict(row_weights=torch.empty(len(q), device="meta"))
         score.post_vision_stats(q, k, starts, starts, rows, length, **used, **pages, **options)
+
+    key_value_stats.key_value_stats(k, v, starts, length, **used, **pages)
 
     kept = (ints(num_segments * 800), ints(num_segments + 1))
     pool_k, pool_v, pool_pages = cache_of(num_segments, 1)

@@ -14,6 +14,7 @@ from vlcache_triton.kernels import operators, reference, remainder
 
 NAMES = [
     "post_vision_stats",
+    "key_value_stats",
     "select_tokens",
     "compact_kv",
     "compact_kv_",
@@ -48,6 +49,8 @@ def arguments(name: str, page_size: int | None) -> tuple[tuple, dict]:
     pool = (torch.zeros(36, 1, D), torch.zeros(36, 1, D_V), starts)
     if name == "post_vision_stats":
         return (batch.q, k, batch.cu_seqlens_q, batch.cu_seqlens_k, *lengths), batch.cache
+    if name == "key_value_stats":
+        return (k, v, batch.cu_seqlens_k, batch.max_seqlen_k), batch.cache
     if name == "select_tokens":
         return chosen, sizes
     if name == "compact_kv":

@@ -9,11 +9,19 @@ import torch
 from kept import random_case
 from support import Recorder, cumulative, random_varlen
 
-from vlcache_triton.kernels import append, compact, decode, remainder, score, select
+from vlcache_triton.kernels import (
+    append,
+    compact,
+    decode,
+    key_value_stats,
+    remainder,
+    score,
+    select,
+)
 
 KERNELS = {
     name: module
-    for module in (append, compact, decode, remainder, score, select)
+    for module in (append, compact, decode, key_value_stats, remainder, score, select)
     for name in vars(module)
     if name.endswith("_kernel")
 }
@@ -40,7 +48,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_every_kernel_tells() -> None:
-    assert len(KERNELS) == 11
+    assert len(KERNELS) == 14
 
 
 @pytest.mark.parametrize("page_size", [None, 16])
@@ -114,6 +122,18 @@ def test_compaction_and_what_it_leaves_out(device, told) -> None:
     counts = torch.tensor([50, 48, 9, 0], dtype=torch.int32, device=device)
     remainder.store_means(*sums, counts, *pool, starts)
     assert told("_store_means_kernel") == {"bytes": of_sums + 3 * (D + D_V) * size}
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_keys_and_values(device, told, page_size: int | None) -> None:
+    x = random_varlen(ROWS, ROOM, d=D, d_v=D_V, used=LENGTHS, page_size=page_size, device=device)
+    arguments = (x.k, x.v, x.cu_seqlens_k, x.max_seqlen_k)
+    key_value_stats.key_value_stats(*arguments, **x.cache)
+    size, rows, segments = x.k.element_size(), sum(LENGTHS) * KV_HEADS, 3 * KV_HEADS
+    sums, means = 4 * segments * D, 4 * segments * (D + 1)
+    assert told("_sum_kernel") == {"bytes": rows * ((D + D_V) * size + 4) + sums}
+    assert told("_mean_kernel") == {"bytes": sums + means}
+    assert told("_cosine_kernel") == {"bytes": rows * (D * size + 4) + means}
 
 
 def test_append(device, told) -> None:

@@ -1,0 +1,113 @@
+"""How alike the keys of a prompt are, and how long its values: what policies rank by besides
+attention (KeyDiff, Park et al. 2025; MixKV, Liu et al. 2025).
+
+K is read twice, as cosines need the mean, and V once. Nothing adds floats atomically: the
+statistics of a sequence are the same on every run, and whatever other sequences there are.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from .checks import expect_per_sequence, expect_rows, expect_same_device
+from .key_value_stats_kernels import _cosine_kernel, _mean_kernel, _sum_kernel
+from .launch import cache_arguments, padded
+from .types import KeyValueStats
+
+CHUNK = 256  # keys that one program takes, so that one long prompt fills the GPU
+TILE_BYTES = 8192  # of fp32, that a program holds of K and sums up, and of V
+
+
+def key_value_stats(
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_k: int,
+    *,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+) -> KeyValueStats:
+    """The mean unit key of every sequence and KV head, the cosine of each key to it, and the norm
+    of each value; of one layer.
+
+    Args:
+        k, v: `[total_k, num_kv_heads, d]` (`d_v` for v) fp16, bf16 or fp32, or pages
+            `[num_blocks, page_size, num_kv_heads, d]`; any strides whose last is 1.
+        cu_seqlens_k: `[num_seqs + 1]` int32. With pages, it places the sequences in what is
+            returned by key (width num_seqs * max_seqlen_k) and bounds their lengths.
+        max_seqlen_k: host upper bound of the lengths.
+        seqused_k: `[num_seqs]` int32, live keys of each sequence; default all.
+        block_table: `[num_seqs, max_blocks]` int32, the pages of each sequence in order.
+
+    Raises:
+        ValueError: an argument that does not fit the others, by name.
+        NotImplementedError: a dtype that is not fp16, bf16 or fp32.
+    """
+    expect_same_device(
+        k=k, v=v, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, block_table=block_table
+    )
+    expect_rows(block_table, k=k, v=v)
+    num_kv_heads, d = k.shape[-2:]
+    num_seqs = cu_seqlens_k.shape[0] - 1
+    per_sequence = dict(cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, block_table=block_table)
+    expect_per_sequence(num_seqs, **per_sequence)
+    num_segments = num_seqs * num_kv_heads
+    total_k = k.shape[0] if block_table is None else num_seqs * max_seqlen_k
+    num_chunks = max(triton.cdiv(max_seqlen_k, CHUNK), 1)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.float32, device=k.device)
+
+    sums = empty(num_segments, num_chunks, d)
+    mean_key, mean_key_norm = empty(num_seqs, num_kv_heads, d), empty(num_seqs, num_kv_heads)
+    shape = (num_kv_heads, total_k)
+    key_cosine, value_norm = (
+        torch.zeros(shape, dtype=torch.float32, device=k.device) for _ in range(2)
+    )
+    if num_segments == 0:
+        return KeyValueStats(mean_key, mean_key_norm, key_cosine, value_norm)
+    shared = {
+        "cu_seqlens_k_ptr": cu_seqlens_k,
+        "seqused_k_ptr": seqused_k,
+        "num_kv_heads": num_kv_heads,
+        "HEAD_SIZE": d,
+        "num_warps": 4,
+    }
+    grid = (num_segments, num_chunks)
+    with torch.cuda.device_of(k):  # the model may lie on several devices
+        _sum_kernel[grid](
+            **cache_arguments(block_table, k=k, v=v),
+            sum_ptr=sums,
+            value_norm_ptr=value_norm,
+            total_k=total_k,
+            HEAD_SIZE_V=v.shape[-1],
+            CHUNK=CHUNK,
+            **shared,
+            **_tile(max(d, v.shape[-1])),
+        )
+        _mean_kernel[(num_segments,)](
+            sum_ptr=sums,
+            mean_ptr=mean_key,
+            mean_norm_ptr=mean_key_norm,
+            num_chunks=num_chunks,
+            **shared,
+            **_tile(d),
+        )
+        _cosine_kernel[grid](
+            **cache_arguments(block_table, k=k),
+            mean_ptr=mean_key,
+            mean_norm_ptr=mean_key_norm,
+            key_cosine_ptr=key_cosine,
+            total_k=total_k,
+            CHUNK=CHUNK,
+            **shared,
+            **_tile(d),
+        )
+    return KeyValueStats(mean_key, mean_key_norm, key_cosine, value_norm)
+
+
+def _tile(head_size: int) -> dict[str, int]:
+    d = padded(head_size)
+    return {"D": d, "ROWS": max(TILE_BYTES // (4 * d), 1)}
