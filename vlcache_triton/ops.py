@@ -17,6 +17,7 @@ from .kernels.operators import (
     append_kv,
     compact_kv,
     compact_kv_,
+    key_value_stats,
     post_vision_stats,
     select_tokens,
     store_means,
@@ -31,6 +32,7 @@ __all__ = [
     "compact_kv",
     "compact_kv_",
     "get_backend",
+    "key_value_stats",
     "post_vision_stats",
     "select_tokens",
     "store_means",
@@ -46,6 +48,7 @@ class Backend(NamedTuple):
 
     name: str
     post_vision_stats: Callable
+    key_value_stats: Callable
     select_tokens: Callable
     compact_kv: Callable
     sum_evicted: Callable

@@ -149,7 +149,7 @@ class Contents:
     def _make_report(
         self, plan: CompressionPlan, bytes_before: int, bytes_allocated: int
     ) -> CompressionReport:
-        dense_rows = plan.keep.numel() * plan.prompt.padded_length
+        dense_rows = plan.head_keep.numel() * plan.prompt.padded_length
         return CompressionReport(
             budget=self.config.budget,
             layers=self.layers,
@@ -157,6 +157,6 @@ class Contents:
             kept=plan.keep.tolist(),
             lengths=list(plan.prompt.lengths),
             bytes_before=bytes_before,
-            bytes_after=bytes_before * int(plan.keep.sum()) // dense_rows,
+            bytes_after=bytes_before * int(plan.head_keep.sum()) // dense_rows,
             bytes_allocated=bytes_allocated,
         )

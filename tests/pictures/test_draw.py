@@ -26,6 +26,7 @@ from vlcache_triton.recipe.config import VLCacheConfig
 from vlcache_triton.recipe.plan import CompressionPlan, make_plan
 from vlcache_triton.recipe.policies import POLICIES
 from vlcache_triton.recipe.prompt import Prompt, read_prompt
+from vlcache_triton.recipe.statistics import LayerStats
 
 LENGTH, LAYERS, HEADS = 40, 3, 2
 
@@ -36,14 +37,16 @@ def prompt_of(num_seqs: int) -> Prompt:
     return read_prompt(is_visual, None, VLCacheConfig())
 
 
-def stats_of(num_seqs: int) -> list[reference.PostVisionStats]:
+def stats_of(num_seqs: int) -> list[LayerStats]:
     """Random scores; the first layer is the densest."""
     generator = torch.Generator().manual_seed(0)
     return [
-        reference.PostVisionStats(
-            torch.rand(HEADS, num_seqs * LENGTH, generator=generator),
-            torch.full((num_seqs, 4), 400 - 90 * layer),
-            torch.full((num_seqs,), 420),
+        LayerStats(
+            reference.PostVisionStats(
+                torch.rand(HEADS, num_seqs * LENGTH, generator=generator),
+                torch.full((num_seqs, 4), 400 - 90 * layer),
+                torch.full((num_seqs,), 420),
+            )
         )
         for layer in range(LAYERS)
     ]
@@ -155,7 +158,7 @@ def test_a_photograph_is_drawn_no_larger_than_can_be_seen() -> None:
 
 
 def draw(folder: Path, grids: list[ImageGrid]) -> list[Path]:
-    scores = torch.stack([x.scores for x in stats_of(1)])
+    scores = torch.stack([x.post_vision.scores for x in stats_of(1)])
     images = [Image.new("RGB", (30, 20), "white"), Image.new("RGB", (40, 10), "red")]
     return draw_report(folder, images, grids, plan_of(), scores, [0, 2, 5])
 

@@ -9,24 +9,17 @@ from prompts import CPU, REFERENCE, attention, make_layers, make_prompt, sparsit
 
 from vlcache_triton import VLCacheConfig, layer_budgets
 from vlcache_triton.recipe.plan import make_plan, recent_tokens, whole_plan
+from vlcache_triton.recipe.policies import VL_CACHE
 from vlcache_triton.recipe.prompt import Prompt
+from vlcache_triton.recipe.statistics import measure_layer
 
 SHARPNESS = [0.3, 2.0, 8.0]  # dense, middling and sparse layers
 
 
 def plan_of(prompt, layers, config):
-    cu_seqlens = prompt.cu_seqlens(CPU)
     stats = [
-        REFERENCE.post_vision_stats(
-            prompt.pack_query_rows(layer.q),
-            layer.k,
-            *cu_seqlens,
-            max(prompt.query_rows),
-            prompt.padded_length,
-            softmax_scale=layer.softmax_scale,
-            threshold=config.threshold,
-        )
-        for layer in layers
+        measure_layer(i, *layer, prompt, config, REFERENCE, VL_CACHE)
+        for i, layer in enumerate(layers)
     ]
     return make_plan(stats, prompt, config, REFERENCE)
 

@@ -6,8 +6,18 @@ import math
 
 import pytest
 import torch
-from prompts import REFERENCE, attention, compress, make_layers, make_prompt, segment
-from torch import Tensor
+from prompts import REFERENCE, compress, make_layers, segment
+from ranked import (
+    CONFIG,
+    KEEP,
+    LENGTH,
+    POST_VISION,
+    SHARPNESS,
+    best,
+    column_sums,
+    run,
+    smoothed,
+)
 
 from vlcache_triton import VLCacheConfig
 from vlcache_triton.pool.compress import PromptCompressor
@@ -25,49 +35,7 @@ from vlcache_triton.recipe.policies import (
     snapkv,
     streaming_llm,
 )
-from vlcache_triton.recipe.prompt import count_query_rows, read_prompt
-
-SHARPNESS = [0.3, 2.0, 8.0, 3.0]
-LENGTH, POST_VISION = 60, 12
-CONFIG = VLCacheConfig(budget=0.25)
-KEEP = 15  # 0.25 * 60
-
-
-def run(policy, config=CONFIG, lengths=(LENGTH,), rows=(POST_VISION,), layers=None):
-    """(plan, ragged cache, layers) of a batch that a policy compresses."""
-    prompt = make_prompt(list(lengths), list(rows))
-    rows = [
-        count_query_rows(n, m, policy.configure(config), policy)
-        for n, m in zip(rows, lengths, strict=True)
-    ]
-    prompt = dataclasses.replace(prompt, query_rows=tuple(rows))
-    layers = layers or make_layers(prompt, SHARPNESS)
-    compressor = PromptCompressor(prompt, len(layers), policy.configure(config), REFERENCE, policy)
-    return *compress(compressor, layers), layers
-
-
-def column_sums(layer, prompt):
-    """`[num_kv_heads, length]`: attention summed over the query rows, mean over each group."""
-    maps = attention(prompt, layer, 0)
-    return maps.sum(1).view(2, -1, maps.shape[-1]).mean(1)
-
-
-def smoothed(scores: Tensor, width: int) -> list[list[float]]:
-    rows = scores.tolist()
-    half = width // 2
-    return [
-        [
-            sum(row[max(0, j - half) : j + half + 1]) / len(row[max(0, j - half) : j + half + 1])
-            for j in range(len(row))
-        ]
-        for row in rows
-    ]
-
-
-def best(row, count, first, last):
-    """The `count` highest of row[first:last], and everything behind."""
-    order = sorted(range(first, last), key=lambda j: (-row[j], j))[:count]
-    return sorted(order) + list(range(last, len(row)))
+from vlcache_triton.recipe.prompt import read_prompt
 
 
 def test_streaming_llm_keeps_the_sinks_and_the_most_recent():
@@ -240,7 +208,8 @@ def test_a_policy_weighs_the_query_rows():
     """Each prompt of a batch by its own number of them."""
     asked = []
 
-    def last_three(n):
+    def last_three(n, guide):
+        assert guide is None
         asked.append(n)
         return (torch.arange(n) >= n - 3).float()
 
@@ -258,9 +227,11 @@ def test_a_policy_is_shown_which_tokens_are_visual():
     """Without pads; None where the prompt does not say."""
     shown = []
 
-    def score(scores, is_visual):
-        shown.append(is_visual)
-        return scores if is_visual is None else torch.where(is_visual, scores, 0.0)
+    def score(statistics):
+        shown.append(statistics.is_visual)
+        if statistics.is_visual is None:
+            return statistics.attention
+        return torch.where(statistics.is_visual, statistics.attention, 0.0)
 
     is_visual = torch.zeros(2, 20, dtype=torch.bool)
     is_visual[0, 2:9], is_visual[1, 8:14] = True, True
@@ -277,5 +248,7 @@ def test_a_policy_is_shown_which_tokens_are_visual():
                 count = min(len(kept) - 1, int(visual.sum()))
                 assert int(visual[kept[:-1]].sum()) == count
     shown.clear()
-    run(policy)
-    assert shown == [None]
+    prompt = dataclasses.replace(prompt, is_visual=None)
+    compressor = PromptCompressor(prompt, 4, policy.configure(CONFIG), REFERENCE, policy)
+    compress(compressor, make_layers(prompt, SHARPNESS))
+    assert shown == [None, None]

@@ -129,8 +129,8 @@ def test_layers_are_pruned_again_and_again(budget, recent_fraction, granularity)
 def test_ties_are_many_and_do_not_matter():
     prompt, layers, config = example_problem(budget=0.1)
     layers = with_ties(layers)
-    k, _, q, scale = layers[0]
-    scores = PromptCompressor(prompt, 12, config, REFERENCE).measure(k, q, scale).scores
+    compressor = PromptCompressor(prompt, 12, config, REFERENCE)
+    scores = compressor.measure(0, *layers[0]).post_vision.scores
     assert len(scores[0].unique()) < 0.4 * scores.shape[1]
     compressor = Watched(prompt, 12, config, REFERENCE)
     streamed = compress(compressor, layers)

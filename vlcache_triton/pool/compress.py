@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from ..kernels.types import PostVisionStats
 from ..ops import Backend
 from ..recipe.config import VLCacheConfig
 from ..recipe.plan import CompressionPlan, make_plan, whole_plan
 from ..recipe.policies import VL_CACHE, Policy
 from ..recipe.prompt import Prompt
+from ..recipe.statistics import LayerStats, measure_layer
 from .ragged import RaggedCache
 from .shape import PoolShape, kind_of
 
@@ -27,7 +26,7 @@ class PromptCompressor:
         prompt: the batch; its `query_rows` say which rows are measured.
         num_layers: how many layers will be added; `num_added` counts them.
         config: as `policy.configure` returns it.
-        policy: how tokens are ranked and heads share a layer's budget.
+        policy: what tokens are ranked by, and how heads and layers share the budget.
     """
 
     def __init__(
@@ -42,7 +41,7 @@ class PromptCompressor:
         self.config, self.backend, self.policy = config, backend, policy
         self.compresses = prompt.is_compressible and not config.is_lossless
         self.num_added = self.bytes_seen = 0
-        self._stats: list[PostVisionStats] = []
+        self._stats: list[LayerStats] = []
         self._rows: list[tuple[Tensor, Tensor]] = []
 
     def add(self, k: Tensor, v: Tensor, q: Tensor, softmax_scale: float) -> None:
@@ -54,7 +53,7 @@ class PromptCompressor:
         """
         self._count(k, v)
         if self.compresses:
-            self._stats.append(self.measure(k, q, softmax_scale))
+            self._stats.append(self.measure(self.num_added - 1, k, v, q, softmax_scale))
         self._rows.append((k, v))
 
     def pack(
@@ -85,25 +84,12 @@ class PromptCompressor:
         self.num_added += 1
         self.bytes_seen += k.nbytes + v.nbytes
 
-    def measure(self, k: Tensor, q: Tensor, softmax_scale: float) -> PostVisionStats:
-        """The statistics of a layer's query rows; arguments as for `add`."""
-        cu_seqlens_q, cu_seqlens_k = self.prompt.cu_seqlens(k.device)
-        row_weights = None
-        if self.policy.row_weights is not None:
-            weights = [self.policy.row_weights(n) for n in self.prompt.query_rows]
-            row_weights = torch.cat(weights).to(k.device, torch.float32)
-        return self.backend.post_vision_stats(
-            self.prompt.pack_query_rows(q),
-            k,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max(self.prompt.query_rows),
-            self.prompt.padded_length,
-            softmax_scale=softmax_scale,
-            threshold=self.config.threshold,
-            row_weights=row_weights,
-            row_reduction=self.config.row_reduction,
-            group_reduction=self.config.group_reduction,
+    def measure(
+        self, layer: int, k: Tensor, v: Tensor, q: Tensor, softmax_scale: float
+    ) -> LayerStats:
+        """What the policy asks for of a layer; the others as for `add`."""
+        return measure_layer(
+            layer, k, v, q, softmax_scale, self.prompt, self.config, self.backend, self.policy
         )
 
     def _allocate(

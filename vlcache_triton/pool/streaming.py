@@ -70,7 +70,7 @@ class StreamingCompressor(PromptCompressor):
             super().add(k, v, q, softmax_scale)
             return
         self._count(k, v)
-        stats = self.measure(k, q, softmax_scale)
+        stats = self.measure(self.num_added - 1, k, v, q, softmax_scale).post_vision
         self._density.append(layer_density(stats, self.prompt).cpu())
         bounds = self._bounds()
         for layer, pruned in enumerate(self._pruned):

@@ -17,6 +17,7 @@ from .budgets import layer_budgets
 from .config import VLCacheConfig
 from .policies import VL_CACHE, Policy
 from .prompt import Prompt, to_device
+from .statistics import LayerStats, prompt_statistics
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class CompressionPlan:
         NaN for a sequence that is left whole.
     head_keep: `[num_layers, num_seqs, num_kv_heads]` int64 on the host, rows that each KV head
         keeps: tokens, and the row for the evicted ones where there is one. The same number for the
-        heads of a layer, where the policy does not say otherwise.
+        heads of a layer, where the policy does not say otherwise; 0 at least.
     indices: `[total_tokens]` int32, the kept positions, packed by layer, sequence and KV head;
         relative to a sequence's first real token, ascending.
     cu_kept: `[num_layers * num_seqs * num_kv_heads + 1]` int32, where they start.
@@ -50,8 +51,8 @@ class CompressionPlan:
 
     @property
     def keep(self) -> Tensor:
-        """`[num_layers, num_seqs]` int64 on the host: rows kept by a KV head, in the mean. A
-        whole number: heads share out what a layer has for each of them."""
+        """`[num_layers, num_seqs]` int64 on the host: rows kept by a KV head, in the mean; rounded
+        down where a policy shares out over heads of several layers."""
         return self.head_keep.sum(-1) // self.num_kv_heads
 
     @property
@@ -77,7 +78,7 @@ class CompressionPlan:
 
 
 def make_plan(
-    stats: Sequence[PostVisionStats],
+    stats: Sequence[LayerStats],
     prompt: Prompt,
     config: VLCacheConfig,
     backend: Backend,
@@ -88,16 +89,43 @@ def make_plan(
     Args:
         stats: of each layer, over the rows that `prompt.cu_seqlens` describes.
         config: as `policy.configure` returns it.
-        policy: how scores are ranked, and heads share a layer's budget.
+        policy: what tokens are ranked by, and how heads and layers share the budget.
 
-    Cost: one host sync (the counts); time linear in num_layers * num_kv_heads * total_k.
+    Cost: one host sync (the counts), and those of the policy; time linear in
+    num_layers * num_kv_heads * total_k.
     """
-    scores = torch.stack([layer_scores(s, prompt, config) for s in stats])
+    attention = torch.stack([layer_scores(s.post_vision, prompt, config) for s in stats])
+    density = torch.stack([layer_density(s.post_vision, prompt) for s in stats]).cpu()  # the sync
+    if policy.score is None and policy.share_heads is None:
+        return plan_from_scores(attention, density, prompt, config, backend)
+    known = prompt_statistics(stats, attention, prompt)
+    scores = attention
     if policy.score is not None:
-        for span, is_visual in zip(prompt.spans, prompt.visual_tokens, strict=True):
-            scores[..., span] = policy.score(scores[..., span], is_visual)
-    density = torch.stack([layer_density(s, prompt) for s in stats]).cpu()  # the sync
-    return plan_from_scores(scores, density, prompt, config, backend, policy)
+        scores = torch.empty_like(attention)  # runs of pads keep nothing, whatever they score
+        for span, statistics in zip(prompt.spans, known, strict=True):
+            scores[..., span] = policy.score(statistics)
+    head_keep = None
+    if policy.share_heads is not None:
+        keep = prompt_budgets(density, prompt, config)
+        head_keep = keep[..., None].repeat(1, 1, scores.shape[1])
+        for i, span in enumerate(prompt.spans):
+            if prompt.query_rows[i]:
+                shares = policy.share_heads(scores[..., span], known[i], keep[:, i])
+                head_keep[:, i] = _checked(shares, head_keep[:, i], prompt.lengths[i])
+    return plan_from_scores(scores, density, prompt, config, backend, head_keep)
+
+
+def _checked(shares: Tensor, even: Tensor, length: int) -> Tensor:
+    """The shares of a policy, if they sum to what even shares would, none more than the prompt."""
+    got = f"shape {tuple(shares.shape)}"
+    if shares.shape == even.shape:
+        got = f"{int(shares.sum())} tokens in all, from {int(shares.min())} to {int(shares.max())}"
+        if shares.sum() == even.sum() and shares.min() >= 0 and shares.max() <= length:
+            return shares
+    raise ValueError(
+        f"share_heads: got {got}, expected shape {tuple(even.shape)} (num_layers, num_kv_heads) of"
+        f" {int(even.sum())} tokens in all, from 0 to {length}"
+    )
 
 
 def plan_from_scores(
@@ -106,24 +134,22 @@ def plan_from_scores(
     prompt: Prompt,
     config: VLCacheConfig,
     backend: Backend,
-    policy: Policy = VL_CACHE,
+    head_keep: Tensor | None = None,
 ) -> CompressionPlan:
     """The plan of scores that are ready to be ranked: make_plan without its statistics. No sync.
 
     Args:
         scores: `[num_layers, num_kv_heads, total_k]`.
         density: `[num_layers, num_seqs]` fp64 on the host, 1 - γ'; NaN where left whole.
+        head_keep: `[num_layers, num_seqs, num_kv_heads]` int64 on the host, the rows of each head;
+            default by the density, evenly for the heads of a layer.
     """
-    keep = prompt_budgets(density, prompt, config)
-    if policy.share_heads is None:
+    if head_keep is None:
+        keep = prompt_budgets(density, prompt, config)
         head_keep = keep[..., None].expand(-1, -1, scores.shape[1])
         tokens = kept_tokens(keep, prompt, config)
         indices, cu_kept = select_kept(scores, tokens, prompt, config, backend)
     else:
-        shares = [
-            policy.share_heads(scores[..., span], keep[:, i]) for i, span in enumerate(prompt.spans)
-        ]
-        head_keep = torch.stack(shares, 1)
         tokens = kept_tokens(head_keep, prompt, config)
         indices, cu_kept = select_by_head(scores, tokens, prompt, config, backend)
     evicted = evicted_tokens(head_keep, prompt, config)

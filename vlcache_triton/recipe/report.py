@@ -13,7 +13,7 @@ class CompressionReport:
     layers: the model's indices of the compressed layers; the rows of the next two.
     sparsity: `[num_layers][num_seqs]`, γ' (eq. 2); None for a sequence that was left whole.
     kept: `[num_layers][num_seqs]`, rows that each KV head keeps: tokens, and the one for the
-        evicted where there is one.
+        evicted where there is one. The mean, rounded down, where heads keep different numbers.
     lengths: `[num_seqs]`, prompt tokens, pads not counted.
     bytes_before: K and V of these layers after prefill, as a dense cache stores them.
     bytes_after: K and V of the kept rows.

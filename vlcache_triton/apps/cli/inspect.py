@@ -123,7 +123,7 @@ def _draw(
             recording = Recording(vlm.model.config)
             vlm.model(**inputs, cache=recording, use_cache=True)
         plan, (_, stats) = recording.plan_for(variant), recording.measure(variant)
-        scores = torch.stack([x.scores for x in stats])
+        scores = torch.stack([x.post_vision.scores for x in stats])
         try:
             return draw_report(out, images, grids, plan, scores, report.layers)
         except OSError as error:

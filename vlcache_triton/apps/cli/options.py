@@ -26,6 +26,12 @@ class PolicyName(str, Enum):
     snapkv = "snapkv"
     pyramidkv = "pyramidkv"
     adakv = "adakv"
+    defensivekv = "defensivekv"
+    layer_defensivekv = "layer_defensivekv"
+    keydiff = "keydiff"
+    mixkv = "mixkv"
+    aircache = "aircache"
+    tgv_kv = "tgv_kv"
     full = "full"
 
     def load(self) -> Policy:

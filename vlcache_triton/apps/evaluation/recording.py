@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from vlcache_triton.integrations.transformers.cache import VLCache, VLCacheLayer
-from vlcache_triton.kernels.types import PostVisionStats
 from vlcache_triton.ops import Backend
 from vlcache_triton.pool.compress import PromptCompressor, move_layer, shape_of
 from vlcache_triton.pool.packed import PackedCache
@@ -21,6 +20,7 @@ from vlcache_triton.pool.shape import PoolShape
 from vlcache_triton.recipe.config import VLCacheConfig
 from vlcache_triton.recipe.plan import CompressionPlan, make_plan
 from vlcache_triton.recipe.prompt import Prompt, count_query_rows
+from vlcache_triton.recipe.statistics import LayerStats
 
 from .variants import Variant
 
@@ -78,7 +78,7 @@ class Recording(VLCache):
         self.model_config = model_config
         self.other_layers: dict[int, Any] = {}
         self._recorded: list[_Layer] = []
-        self._stats: dict[Hashable, list[PostVisionStats]] = {}
+        self._stats: dict[Hashable, list[LayerStats]] = {}
         self.contents.make_compressor = functools.partial(_Recorder, self._recorded)
         self.contents.packs_whole = True
 
@@ -158,7 +158,7 @@ class Recording(VLCache):
         prompt, stats = self.measure(variant)
         return make_plan(stats, prompt, variant.effective, self.ragged.backend, variant.policy)
 
-    def measure(self, variant: Variant) -> tuple[Prompt, list[PostVisionStats]]:
+    def measure(self, variant: Variant) -> tuple[Prompt, list[LayerStats]]:
         """The prompt with a variant's query rows, and what they say of each layer; measured once
         for all variants that look at the same."""
         assert self.prompt is not None and self.ragged is not None
@@ -172,13 +172,17 @@ class Recording(VLCache):
             config.row_reduction,
             config.group_reduction,
             variant.policy.row_weights,
+            variant.policy.guide_rows,
+            variant.policy.key_value_stats,
+            variant.policy.outside,
         )
         if key not in self._stats:
             compressor = PromptCompressor(
                 prompt, len(self._recorded), config, backend, variant.policy
             )
             self._stats[key] = [
-                compressor.measure(x.k, x.q, x.softmax_scale) for x in self._recorded
+                compressor.measure(layer, x.k, x.v, x.q, x.softmax_scale)
+                for layer, x in enumerate(self._recorded)
             ]
         return prompt, self._stats[key]
 

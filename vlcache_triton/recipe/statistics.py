@@ -1,0 +1,154 @@
+"""What is measured of a prompt while its layers are read: attention, and what a policy asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.types import KeyValueStats, PostVisionStats
+from ..ops import Backend
+from .config import VLCacheConfig
+from .policies import Policy, PromptStatistics
+from .prompt import Prompt
+
+
+class LayerStats(NamedTuple):
+    """Of one layer, over the rows that `prompt.cu_seqlens` describes; None is not asked for.
+
+    post_vision: of the query rows.
+    guide: `[num_kv_heads, total_k]` fp32, the attention of the guide rows: sum over them, mean over
+        the group.
+    key_values: of K and V.
+    outside: `[num_kv_heads, total_k]` fp32, the policy's own scores.
+    """
+
+    post_vision: PostVisionStats
+    guide: Tensor | None = None
+    key_values: KeyValueStats | None = None
+    outside: Tensor | None = None
+
+
+def measure_layer(
+    layer: int,
+    k: Tensor,
+    v: Tensor,
+    q: Tensor,
+    softmax_scale: float,
+    prompt: Prompt,
+    config: VLCacheConfig,
+    backend: Backend,
+    policy: Policy,
+) -> LayerStats:
+    """All that the policy asks for of one layer, and nothing else.
+
+    Args:
+        layer: its number among those that are compressed.
+        k, v: `[num_seqs * padded_length, num_kv_heads, d]` after RoPE.
+        q: `[num_seqs, num_heads, n, d]`, whose last rows are the prompts' last rows.
+
+    Raises:
+        ValueError: for outside scores of another shape or with NaN, which costs them a host sync.
+    """
+    guide = None
+    if policy.guide_rows is not None:
+        rows = zip(prompt.query_rows, prompt.lengths, strict=True)
+        guide_rows = tuple(min(policy.guide_rows(n, m), n) if n else 0 for n, m in rows)
+        guides = dataclasses.replace(prompt, query_rows=guide_rows)
+        guide = _attention(k, q, softmax_scale, guides, backend).scores
+    post_vision = _attention(
+        k,
+        q,
+        softmax_scale,
+        prompt,
+        backend,
+        threshold=config.threshold,
+        row_weights=_row_weights(guide, prompt, policy, k.device),
+        row_reduction=config.row_reduction,
+        group_reduction=config.group_reduction,
+    )
+    key_values = None
+    if policy.key_value_stats:
+        starts, lengths = prompt.starts(k.device), prompt.seqused(k.device)
+        key_values = backend.key_value_stats(k, v, starts, prompt.padded_length, seqused_k=lengths)
+    outside = None
+    if policy.outside is not None:
+        outside = torch.zeros_like(post_vision.scores)
+        for span in prompt.spans:
+            scores = policy.outside(layer, k[span], v[span])
+            outside[:, span] = _checked(scores, outside[:, span])
+    return LayerStats(post_vision, guide, key_values, outside)
+
+
+def prompt_statistics(
+    stats: Sequence[LayerStats], attention: Tensor, prompt: Prompt
+) -> list[PromptStatistics]:
+    """What policies see of each prompt of a batch.
+
+    Args:
+        stats: of each layer.
+        attention: `[num_layers, num_kv_heads, total_k]`, the scores of the query rows.
+    """
+    stacked: dict[str, Tensor] = {"attention": attention}
+    first = stats[0]
+    if first.guide is not None:
+        stacked["guide"] = torch.stack([s.guide for s in stats if s.guide is not None])
+    if first.outside is not None:
+        stacked["outside"] = torch.stack([s.outside for s in stats if s.outside is not None])
+    key_values = [s.key_values for s in stats if s.key_values is not None]
+    if key_values:
+        stacked["key_cosine"] = torch.stack([x.key_cosine for x in key_values])
+        stacked["value_norm"] = torch.stack([x.value_norm for x in key_values])
+    norms = [x.mean_key_norm for x in key_values]
+    return [
+        PromptStatistics(
+            **{name: x[..., span] for name, x in stacked.items()},
+            is_visual=is_visual,
+            mean_key_norm=torch.stack([x[i] for x in norms]) if norms else None,
+        )
+        for i, (span, is_visual) in enumerate(zip(prompt.spans, prompt.visual_tokens, strict=True))
+    ]
+
+
+def _attention(
+    k: Tensor, q: Tensor, softmax_scale: float, prompt: Prompt, backend: Backend, **options
+) -> PostVisionStats:
+    cu_seqlens_q, cu_seqlens_k = prompt.cu_seqlens(k.device)
+    return backend.post_vision_stats(
+        prompt.pack_query_rows(q),
+        k,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max(prompt.query_rows),
+        prompt.padded_length,
+        softmax_scale=softmax_scale,
+        **options,
+    )
+
+
+def _row_weights(
+    guide: Tensor | None, prompt: Prompt, policy: Policy, device: torch.device
+) -> Tensor | None:
+    """`[total_q]` fp32 of a batch, where the policy weighs rows."""
+    if policy.row_weights is None:
+        return None
+    weights = []
+    for n, span in zip(prompt.query_rows, prompt.spans, strict=True):
+        if n:
+            own = None if guide is None else guide[:, span.stop - n : span.stop].mean(0)
+            weights.append(policy.row_weights(n, own))
+    return torch.cat(weights).to(device, torch.float32)
+
+
+def _checked(scores: Tensor, like: Tensor) -> Tensor:
+    got = f"shape {tuple(scores.shape)}"
+    if scores.shape == like.shape:
+        got = "NaN in it"
+        if not bool(scores.isnan().any()):
+            return scores
+    raise ValueError(
+        f"outside: got {got}, expected numbers of shape {tuple(like.shape)} (num_kv_heads, length)"
+    )
