@@ -8,7 +8,7 @@ import torch
 import triton
 from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
-from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, KVWriteLoc
 
 from vlcache_triton.ops import get_backend
 
@@ -26,6 +26,8 @@ from .settings import Settings
 class VLCacheAttnBackend(TritonAttnBackend):
     """SGLang's Triton backend, with prompts measured at prefill and compressed at its end.
 
+    layers: of each attention layer's id, which of the pool's it is.
+
     Args:
         runner: SGLang's ModelRunner, checked by check_server.
     """
@@ -33,15 +35,11 @@ class VLCacheAttnBackend(TritonAttnBackend):
     def __init__(self, runner: Any, settings: Settings) -> None:
         super().__init__(runner)
         self.settings = settings
-        self.num_layers = runner.model_config.num_hidden_layers
         self.ops = get_backend(settings.kernels, torch.device(runner.device))
-        self.table = PromptTable(settings.config, self.num_layers)
-        self.table.graph_widths = graph_widths(self._max_context())
-        self.ranks = _ranks(runner.model_config)
-        self.measurement: Measurement | None = None
-        self.ending: list[TrackedPrompt] = []
-        self.step: DecodeStep | None = None
         pool = self.token_to_kv_pool
+        self.layers = {i: i for i in range(runner.model_config.num_hidden_layers)}
+        if type(pool) is HybridLinearKVPool:  # the other layers keep a state, and no KV
+            self.layers, pool = pool.full_attention_layer_id_mapping, pool.full_kv_pool
         if not isinstance(pool, OneTensorKVPool) or not hasattr(pool, "flat"):
             raise NotImplementedError(
                 f"--attention-backend vlcache: got a KV pool of {type(pool).__name__}, expected"
@@ -52,6 +50,13 @@ class VLCacheAttnBackend(TritonAttnBackend):
                 f"--attention-backend vlcache: got {len(pool.flat)} KV rows, expected fewer"
                 " than 2**31; lower --max-total-tokens"
             )
+        self.pool, self.num_layers = pool, len(self.layers)
+        self.table = PromptTable(settings.config, self.num_layers)
+        self.table.graph_widths = graph_widths(self._max_context())
+        self.ranks = _ranks(runner.model_config)
+        self.measurement: Measurement | None = None
+        self.ending: list[TrackedPrompt] = []
+        self.step: DecodeStep | None = None
         self.num_biased_heads = 0 if settings.config.remainder == "none" else pool.flat.shape[1]
         num_rows = len(self.req_to_token)
         self.layout = PackedLayout.empty(self.num_layers, num_rows, pool.flat.device)
@@ -108,7 +113,7 @@ class VLCacheAttnBackend(TritonAttnBackend):
         out = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
         if self.measurement is not None:
             self.measurement.add_layer(
-                layer.layer_id,
+                self.layers[layer.layer_id],
                 self.num_layers,
                 q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
                 self.token_to_kv_pool.get_key_buffer(layer.layer_id)[:, None],
@@ -116,7 +121,7 @@ class VLCacheAttnBackend(TritonAttnBackend):
                 self.settings.config,
                 self.ops,
             )
-        if layer.layer_id == self.num_layers - 1 and self.ending:
+        if layer.layer_id == max(self.layers) and self.ending:
             self._compress(self.ending)
         return out
 
@@ -125,10 +130,10 @@ class VLCacheAttnBackend(TritonAttnBackend):
         if save_kv_cache:
             location = KVWriteLoc.for_batch(forward_batch)
             self._set_kv_buffer(forward_batch, layer, location, k, v)
-        step, pool = self.step, self.token_to_kv_pool
+        step, pool = self.step, self.pool
         assert step is not None, "a decode without init_forward_metadata"
         fill_block_table(
-            layer.layer_id,
+            self.layers[layer.layer_id],
             self.req_to_token,
             forward_batch.req_pool_indices,
             forward_batch.seq_lens,
@@ -169,8 +174,7 @@ class VLCacheAttnBackend(TritonAttnBackend):
 
     def _compress(self, prompts: list[TrackedPrompt]) -> None:
         plan = plan_prompts(prompts, self.settings.config, self.ranks, self.ops)
-        pool, rows = self.token_to_kv_pool, self.req_to_token
-        pack_prompts(prompts, plan, pool, rows, self.layout, self.ops)
+        pack_prompts(prompts, plan, self.pool, self.req_to_token, self.layout, self.ops)
 
     def _empty_step(self, num_seqs: int, max_blocks: int) -> DecodeStep:
         return DecodeStep.empty(num_seqs, max_blocks, self.num_biased_heads, self.device)

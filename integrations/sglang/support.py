@@ -109,9 +109,11 @@ def _model_problems(runner: Any) -> Iterator[str]:
     if runner.kv_cache_dtype != runner.dtype:
         yield f"got a KV cache of {runner.kv_cache_dtype}, expected the model's {runner.dtype}"
     layers = [m for m in runner.model.modules() if isinstance(m, RadixAttention)]
-    if sorted(layer.layer_id for layer in layers) != list(range(config.num_hidden_layers)):
-        ids = sorted(layer.layer_id for layer in layers)
-        yield f"got attention layers {ids}, expected one in each of {config.num_hidden_layers}"
+    every = range(config.num_hidden_layers)  # but those that keep a state, and no KV
+    expected = list(getattr(runner.token_to_kv_pool, "full_attention_layer_id_mapping", every))
+    ids = sorted(layer.layer_id for layer in layers)
+    if ids != expected:
+        yield f"got attention layers {ids}, expected {expected}"
     checks = (
         ("sliding-window attention", lambda x: x.sliding_window_size > -1),
         ("cross-attention", lambda x: x.is_cross_attention),

@@ -41,7 +41,11 @@ STRICT = dict(
 )
 TUNED = VLCacheConfig.tuned(0.25)
 MODELS = {"qwen2_5_vl": save_qwen2_5_vl, "llava": save_llava}
-IMAGE = {"qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>", "llava": "[IMG]"}
+IMAGE = {
+    "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+    "llava": "[IMG]",
+    "lfm2_vl": "<image>",
+}
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ def runner(layer: dict | None = None, page_size: int = 1, **model) -> SimpleName
         page_size=page_size,
         dtype=torch.bfloat16,
         kv_cache_dtype=model.get("kv_cache_dtype", torch.bfloat16),
+        token_to_kv_pool=None,
     )
 
 
@@ -103,7 +104,7 @@ def test_features_that_are_not_supported_are_named(change, sentence):
     [
         (dict(attention_arch=AttentionArch.MLA), "got MLA attention"),
         (dict(is_encoder_decoder=True), "encoder-decoder"),
-        (dict(num_hidden_layers=2), r"got attention layers \[0\], expected one in each of 2"),
+        (dict(num_hidden_layers=2), r"got attention layers \[0\], expected \[0, 1\]"),
         (dict(page_size=16), "got --page-size 16, expected 1"),
         (dict(kv_cache_dtype=torch.float8_e4m3fn), "got a KV cache of torch.float8_e4m3fn"),
         (dict(layer=dict(sliding_window_size=512)), r"sliding-window attention \(layers \[0\]\)"),

@@ -5,8 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Lfm2VlConfig,
+    Lfm2VlForConditionalGeneration,
+    Lfm2VlImageProcessor,
+    Lfm2VlProcessor,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PixtralImageProcessor,
@@ -131,6 +136,64 @@ def save_llava(path: Path) -> None:
         image_token="[IMG]",
         image_break_token="[IMG_BREAK]",
         image_end_token="[IMG_END]",
+    ).save_pretrained(path)
+
+
+def save_lfm2_vl(path: Path) -> None:
+    """Convolutions, which keep a state, between the layers of attention."""
+    special = ["<|pad|>", "<|startoftext|>", "<|im_end|>", "<image>", "<|image_start|>"]
+    tokenizer = byte_tokenizer(
+        [*special, "<|image_end|>"],
+        bos_token="<|startoftext|>",
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        extra_special_tokens={
+            "image_token": "<image>",
+            "image_start_token": "<|image_start|>",
+            "image_end_token": "<|image_end|>",
+        },
+    )
+    text = dict(TEXT, num_hidden_layers=6)
+    config = Lfm2VlConfig(
+        vision_config=dict(
+            model_type="siglip2_vision_model",
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            patch_size=14,
+            num_patches=256,
+            vision_use_head=False,
+        ),
+        text_config=dict(
+            text,
+            model_type="lfm2",
+            layer_types=["conv", "full_attention"] * 3,
+            conv_L_cache=3,
+            block_auto_adjust_ff_dim=False,
+            block_ff_dim=256,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        downsample_factor=2,
+        projector_hidden_size=128,
+        tie_word_embeddings=False,
+    )
+    _save(Lfm2VlForConditionalGeneration(config), path)
+    # Named as on the hub: SGLang knows no other names, and passes over those it does not know.
+    weights = load_file(path / "model.safetensors")
+    tower = "model.vision_tower."
+    named = {name.replace(tower, tower + "vision_model."): x for name, x in weights.items()}
+    save_file(named, path / "model.safetensors", metadata={"format": "pt"})
+    pixels = dict(min_image_tokens=4, max_image_tokens=64, max_num_patches=256, tile_size=112)
+    Lfm2VlProcessor(
+        image_processor=Lfm2VlImageProcessor(
+            **pixels, encoder_patch_size=14, downsample_factor=2, do_image_splitting=False
+        ),
+        tokenizer=tokenizer,
+        chat_template=CHAT_TEMPLATE,
     ).save_pretrained(path)
 
 

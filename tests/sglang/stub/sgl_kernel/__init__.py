@@ -4,8 +4,13 @@ Every symbol imports and calling one raises. `convert_weight_packed` stays undef
 its presence for a CPU with AMX, and would then call the kernels.
 """
 
+import sys
+
+import short_conv
 import torch
 
+sys.modules["sgl_kernel.mamba"] = sys.modules[__name__]
+sys.modules["sglang.srt.layers.attention.mamba.causal_conv1d"] = short_conv
 # SGLang binds these operators when it is imported; declared, and never run.
 OPERATORS = """
     apply_multidimensional_rope_cpu apply_rotary_pos_emb_cpu biased_grouped_topk_cpu bmm_cpu
