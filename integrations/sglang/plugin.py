@@ -9,6 +9,8 @@ from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from vlcache_triton.recipe.config import VLCacheConfig
+
 from .hooks import BACKEND_NAME, Hooks
 from .settings import read_settings
 from .support import SGLANG_VERSION, check_server, check_version
@@ -49,7 +51,7 @@ def create_backend(hooks: Hooks, runner: Any) -> VLCacheAttnBackend:
     check_server(runner)
     if not runner.model_config.is_generation:
         logger.info("vlcache: an embedding model does not decode, so nothing is compressed.")
-        settings = replace(settings, config=replace(settings.config, budget=1.0))
+        settings = replace(settings, config=VLCacheConfig(budget=1.0))
     backend = VLCacheAttnBackend(runner, settings)
     logger.info(settings.describe())
     if not settings.config.is_lossless:

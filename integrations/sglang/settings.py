@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast, get_args
 
@@ -11,7 +11,10 @@ from vlcache_triton.ops import BackendName
 from vlcache_triton.recipe.config import VLCacheConfig
 
 PREFIX = "VLCACHE_"
-PRESETS = {"paper": VLCacheConfig, "tuned": VLCacheConfig.tuned}
+PRESETS: dict[str, Callable[[], VLCacheConfig]] = {
+    "paper": VLCacheConfig,
+    "tuned": VLCacheConfig.tuned,
+}
 
 
 @dataclass(frozen=True)
