@@ -17,14 +17,22 @@ from vlcache_triton.pool.packed import PackedCache
 from vlcache_triton.pool.ragged import RaggedCache
 from vlcache_triton.pool.rings import WindowRings
 from vlcache_triton.pool.shape import RingShape, kind_of
+from vlcache_triton.pool.states import LayerStates, state_shapes
 from vlcache_triton.recipe.plan import CompressionPlan
 from vlcache_triton.recipe.policies import VL_CACHE, Policy
 from vlcache_triton.recipe.prompt import Prompt
 from vlcache_triton.recipe.report import CompressionReport
 
 from .contents import Contents
-from .layers import VLCacheLayer, WindowLayer
-from .support import check_choices, check_config, describe_model, layer_types, window_of
+from .layers import StateLayer, VLCacheLayer, WindowLayer
+from .support import (
+    STATE_TYPES,
+    check_choices,
+    check_config,
+    describe_model,
+    layer_types,
+    window_of,
+)
 
 MAX_HEAD_ROOM = 256  # rows reserved for new tokens at compression; a longer answer grows the pools
 
@@ -32,10 +40,10 @@ MAX_HEAD_ROOM = 256  # rows reserved for new tokens at compression; a longer ans
 class VLCache(Cache):
     """A KV cache that compresses itself once, at the end of the prompt's forward pass.
 
-    Full-attention layers are compressed; sliding and chunked layers keep their windows. Use it
-    inside `with vl_cache(model, ...)`, where each prompt finds its boundary; tokens after the
-    prompt (answers, later turns) are kept whole. At budget 1.0, and for prompts without
-    post-vision rows, it is a dynamic cache.
+    Full-attention layers are compressed; sliding and chunked layers keep their windows, linear,
+    convolution and Mamba layers their states. Use it inside `with vl_cache(model, ...)`, where
+    each prompt finds its boundary; tokens after the prompt (answers, later turns) are kept whole.
+    At budget 1.0, and for prompts without post-vision rows, it is a dynamic cache.
 
     One image, many questions: `copy.deepcopy(cache)` for each question that is asked behind the
     prompt; a copy has memory of its own. `torch.save(cache, file)` and, in another process,
@@ -92,21 +100,32 @@ class VLCache(Cache):
             compressed, self.config, policy, backend, head_room, streaming, allocator
         )
         self._window, self._is_chunked = window_of(text_config)
-        self._window_layers: list[WindowLayer] = []
+        self._num_windows = self._num_states = 0
         layers: list[Any] = []
-        for i in range(len(types)):
+        for i, kind in enumerate(types):
             if i in compressed:
                 layers.append(VLCacheLayer(self.contents, compressed.index(i)))
+            elif kind in STATE_TYPES:
+                num_parts = getattr(text_config, "number_of_conv_states", 1)
+                layers.append(StateLayer(self.contents, num_parts))
+                self._num_states += 1
             else:
-                index = len(self._window_layers)
-                layers.append(WindowLayer(self.contents, index, self._window))
-                self._window_layers.append(layers[-1])
+                layers.append(WindowLayer(self.contents, self._num_windows, self._window))
+                self._num_windows += 1
         super().__init__(layers=layers)
         self._forget_positions()
 
     def _forget_positions(self) -> None:
         self.position_ids: Tensor | None = None
         self.rope_deltas: Sequence[Tensor | None] = ()
+
+    @property
+    def _window_layers(self) -> list[WindowLayer]:
+        return [layer for layer in self.layers if isinstance(layer, WindowLayer)]
+
+    @property
+    def _state_layers(self) -> list[StateLayer]:
+        return [layer for layer in self.layers if isinstance(layer, StateLayer)]
 
     @property
     def prompt(self) -> Prompt | None:
@@ -150,7 +169,7 @@ class VLCache(Cache):
         """Behind a forward pass, of the prompt or of later rows."""
         if self.packed is not None:
             if self.contents.allocator is not None:
-                self._move_windows(self.packed, self.contents.allocator)
+                self._move_layers(self.packed, self.contents.allocator)
             self.packed.end_step()
 
     def pack_into(self, allocator: PoolAllocator) -> None:
@@ -159,14 +178,22 @@ class VLCache(Cache):
         if self.contents.allocator is allocator:
             return
         if self.packed is not None:
-            self.contents.state = self.packed.copy_into(allocator)
-            self._move_windows(self.contents.state, allocator)
+            packed = self.contents.state = self.packed.copy_into(allocator)
+            self._use_states(packed)
+            self._move_layers(packed, allocator)
         self.contents.allocator, self.contents.packs_whole = allocator, True
 
+    def _move_layers(self, packed: PackedCache, allocator: PoolAllocator) -> None:
+        """Have what the prompt's pass has left in other layers where steps can read it."""
+        if self._num_windows and packed.rings is None:
+            self._move_windows(packed, allocator)
+        if self._num_states and packed.states is None:
+            tensors = [x for layer in self._state_layers for x in layer.tensors()]
+            packed.states = allocator.attach(LayerStates, state_shapes(tensors), packed)
+            packed.states.fill(tensors)
+            self._use_states(packed)
+
     def _move_windows(self, packed: PackedCache, allocator: PoolAllocator) -> None:
-        """Have what the prompt's pass has left in the window layers where steps can read it."""
-        if not self._window_layers or packed.rings is not None:
-            return
         rows: list[Any] = [(layer.keys, layer.values) for layer in self._window_layers]
         shape = RingShape(
             **kind_of(*rows[0]),
@@ -180,6 +207,13 @@ class VLCache(Cache):
         packed.rings.fill(rows, packed.pads, packed.num_seen)
         for layer in self._window_layers:
             layer.keys = layer.values = None
+
+    def _use_states(self, packed: PackedCache) -> None:
+        """Have layers find their states where they have been moved to."""
+        if packed.states is not None:
+            tensors = iter(packed.states.tensors)
+            for layer in self._state_layers:
+                layer.move_to(tensors)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make sequence i what sequence beam_idx[i] was."""
@@ -195,8 +229,11 @@ class VLCache(Cache):
         ]
         layers: list[Any] = self.layers
         if self.packed is not None:
-            layers = self._window_layers if self.packed.rings is None else []
+            windows = self._window_layers if self.packed.rings is None else []
+            states = self._state_layers if self.packed.states is None else []
+            layers = [*windows, *states]
             self.packed.select_sequences(indices)
+            self._use_states(self.packed)
         for layer in layers:
             layer.batch_select_indices(indices)
 
@@ -211,9 +248,10 @@ class VLCache(Cache):
     def reset(self) -> None:
         """Empty; ready for another prompt."""
         layers: list[Any] = self.layers
-        for layer in layers:  # Transformers 5.17 would keep tensors of zeros, and append to them
-            layer.keys = layer.values = None
-            layer.is_initialized = False
+        for layer in layers:
+            if not isinstance(layer, StateLayer):  # Transformers 5.17 would append to zeros
+                layer.keys = layer.values = None
+                layer.is_initialized = False
         super().reset()
         self.contents.clear()
         self._forget_positions()

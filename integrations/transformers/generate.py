@@ -204,15 +204,17 @@ class LeanLoop:
         return step
 
     def _run_ahead(self, step: Step[TokenStep], cache: VLCache, num_new: int) -> Tensor:
-        """Launch steps up to LAG ahead of what is read back, until all sequences have met their
-        end: `[num_seqs, num_new at most]`, of which the step has chosen the first."""
+        """Launch steps up to LAG ahead of what is read back, where they can be taken back, until
+        all sequences have met their end: `[num_seqs, num_new at most]`, of which the step has
+        chosen the first."""
         packed, readback = cache.packed, Readback(step.body)
         assert packed is not None
         readback.push()
         tokens: list[Tensor] = []
         num_launched, is_done = 1, False
+        lag = LAG if packed.can_take_back else 0
         while (len(readback) or num_launched < num_new) and not is_done:
-            if len(readback) <= LAG and num_launched < num_new:
+            if len(readback) <= lag and num_launched < num_new:
                 packed.begin_step(1)
                 step.launch(packed.places, functools.partial(step.body.run, cache))
                 packed.end_step()

@@ -1,13 +1,18 @@
-"""The layers of a VLCache: those that are compressed, and those that have a window."""
+"""The layers of a VLCache: those that are compressed, and those with a window or a state."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 from vlcache_triton.pool.rings import WindowRings
 from vlcache_triton.recipe.prompt import Prompt
@@ -97,7 +102,13 @@ class VLCacheLayer(ContentsLayer, DynamicLayer):
 
     def observe(self, query: Tensor, softmax_scale: float) -> None:
         """Hand K, V and query rows of the prompt that is being read to compression."""
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None and self.values is not None and self.prompt is not None
+        if self.keys.shape[2] != self.prompt.padded_length:
+            raise NotImplementedError(
+                f"model: got {self.keys.shape[2]} rows for a prompt of {self.prompt.padded_length}"
+                " tokens, expected as many: its forward pass leaves tokens out, or puts some in,"
+                " so that where images lie cannot be known"
+            )
         # By row, as projections and RoPE leave them behind: views.
         k, v = (x.detach().transpose(1, 2).flatten(0, 1) for x in (self.keys, self.values))
         self.keys = self.values = None
@@ -165,6 +176,45 @@ class WindowLayer(ContentsLayer, DynamicSlidingWindowLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(0, 0) for a ring, whose mask is its own."""
         return super().get_mask_sizes(query_length) if self.rings is None else (0, 0)
+
+
+class StateLayer(ContentsLayer, LinearAttentionLayer):
+    """A linear, convolution or Mamba layer: a state of constant size, which Transformers changes
+    in place. Its own, until the prompt has been packed for captured steps; then in `LayerStates`.
+    Blocks without a cache, which some models count as layers, have no state ever."""
+
+    def __init__(self, contents: Contents, number_of_states: int = 1) -> None:
+        super().__init__(number_of_states)
+        self.contents = contents
+
+    def tensors(self) -> list[Tensor]:
+        """The states `[num_seqs, ...]`, once a pass has made them."""
+        return [states[i] for states, i in self._places()]
+
+    def move_to(self, tensors: Iterator[Tensor]) -> None:
+        """Have the states in the next of these tensors from now on, which hold them already."""
+        for states, i in self._places():
+            states[i] = next(tensors)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Make sequence i what sequence indices[i] was; new tensors."""
+        for states, i in self._places():
+            states[i] = states[i][indices.to(states[i].device)]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence; new tensors."""
+        for states, i in self._places():
+            states[i] = states[i].repeat_interleave(repeats, 0)
+
+    def reset(self) -> None:
+        """Empty, for a batch of any size: Transformers would keep the tensors."""
+        LinearAttentionLayer.__init__(self, self.number_of_states)
+
+    def _places(self) -> Iterator[tuple[dict[int, Any], int]]:
+        for states in (self.conv_states, self.recurrent_states):
+            for i, state in states.items():
+                if state is not None:
+                    yield states, i
 
 
 def _tagged(key: Tensor, layer: ContentsLayer) -> Tensor:

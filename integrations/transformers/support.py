@@ -24,7 +24,10 @@ SIZES = (
     "num_key_value_heads",
     "head_dim",
 )
-LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+WINDOW_TYPES = ("sliding_attention", "chunked_attention")
+# With a state of constant size; "moe" and "mlp", which some models count as layers, with none.
+STATE_TYPES = ("linear_attention", "conv", "moe", "mlp")
+LAYER_TYPES = ("full_attention", *WINDOW_TYPES, *STATE_TYPES)
 GENERATION_MODES = (
     GenerationMode.GREEDY_SEARCH,
     GenerationMode.SAMPLE,
@@ -91,7 +94,7 @@ def layer_types(text_config: PreTrainedConfig) -> list[str]:
     """The attention type of each layer of the language model.
 
     Raises:
-        NotImplementedError: for types other than full, sliding and chunked attention.
+        NotImplementedError: for types that are neither full attention nor kept as they are.
     """
     types = getattr(text_config, "layer_types", None)
     if types is None:
@@ -115,7 +118,7 @@ def window_of(text_config: PreTrainedConfig) -> tuple[int, bool]:
     Raises:
         NotImplementedError: for a model with layers of both kinds.
     """
-    types = set(layer_types(text_config)) - {"full_attention"}
+    types = set(layer_types(text_config)) & set(WINDOW_TYPES)
     if len(types) > 1:
         raise NotImplementedError(f"model: got layers of types {sorted(types)}, expected one kind")
     if not types:

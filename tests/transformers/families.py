@@ -7,6 +7,7 @@ import itertools
 from dataclasses import dataclass
 
 import further_models
+import hybrid_models
 import tiny_models
 import torch
 import transformers as hf
@@ -14,7 +15,7 @@ from tiny_models import IMAGE, VIDEO, Pixels
 from torch import Tensor
 
 #: Families whose processors mark vision tokens in `mm_token_type_ids` (M-RoPE needs it).
-MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")
+MROPE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v")
 
 SUPPORTED = (
     "llava",
@@ -74,6 +75,16 @@ FURTHER = [
     "video_llava",
     "vipllava",
 ]
+#: The same, with layers that keep a state instead of a cache that grows.
+HYBRID = [
+    "lfm2_vl",
+    "lfm3_vl",
+    "minicpm_ocr",
+    "minicpmv4_6",
+    "minicpmv4_7",
+    "nemotron_h_omni",
+    "qwen3_5_moe",
+]
 VIDEOS = [
     "cohere_compass_video",
     "cosmos3_edge_video",
@@ -93,6 +104,7 @@ VIDEOS = [
     "qwen2_5_omni_thinker_video",
     "qwen2_5_vl_video",
     "qwen2_vl_video",
+    "qwen3_5_video",
     "qwen3_omni_moe_thinker_video",
     "qwen3_vl_moe_video",
     "qwen3_vl_video",
@@ -146,8 +158,9 @@ class Family:
 def build(name: str, **text) -> Family:
     """A family's tiny model with sharp attention: random weights alone attend to all alike."""
     torch.manual_seed(0)
-    models = tiny_models if hasattr(tiny_models, name) else further_models
-    model, image, pixels = getattr(models, name)(**text)
+    modules = tiny_models, further_models, hybrid_models
+    builder = next(getattr(x, name) for x in modules if hasattr(x, name))
+    model, image, pixels = builder(**text)
     family = Family(name, sharpened(model), image, pixels)
     with torch.no_grad():  # at the first such calls Transformers marks the model, once for all
         model(**family.inputs(SHORT), output_attentions=True)
@@ -156,7 +169,7 @@ def build(name: str, **text) -> Family:
 
 
 def sharpened(model: hf.PreTrainedModel) -> hf.PreTrainedModel:
-    """The model with sharp attention, ready for greedy decoding without an end."""
+    """The model with sharp attention and long memory, ready for greedy decoding without an end."""
     model = model.eval().float()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
@@ -166,5 +179,7 @@ def sharpened(model: hf.PreTrainedModel) -> hf.PreTrainedModel:
                 parameter.add_(0.8)  # after these norms the projections' scale is lost
             elif any(part in parameter_name for part in ("q_proj", "k_proj", "query_key_value")):
                 parameter.mul_(12.0)
+            elif parameter_name.endswith("A_log"):
+                parameter.fill_(-3.0)  # states that do not forget at once
     model.generation_config.update(pad_token_id=0, bos_token_id=1, eos_token_id=None)
     return model

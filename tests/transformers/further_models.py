@@ -91,6 +91,14 @@ IDS = dict(
 
 def _model(name: str, text: dict, vision: dict | hf.PreTrainedConfig, **more) -> hf.PreTrainedModel:
     """The family's model from its own classes, or the test is skipped where these do not exist."""
+    config = _config(name, text, vision, **more)
+    kind = "ForCausalLM" if name == "Fuyu" else "ForConditionalGeneration"
+    return getattr(hf, name + kind)(config)
+
+
+def _config(
+    name: str, text: dict, vision: dict | hf.PreTrainedConfig, **more
+) -> hf.PreTrainedConfig:
     if not hasattr(hf, f"{name}Config"):
         pytest.skip(f"Transformers {hf.__version__} has no {name}")
     config_class = getattr(hf, f"{name}Config")
@@ -102,9 +110,7 @@ def _model(name: str, text: dict, vision: dict | hf.PreTrainedConfig, **more) ->
         parts["vision_config"] = vision
     if getattr(stock, "audio_config", None) is not None:
         parts["audio_config"] = _part(stock.audio_config, AUDIO, {})
-    config = config_class(**{**_known(stock, IDS), **parts, **more})
-    kind = "ForCausalLM" if name == "Fuyu" else "ForConditionalGeneration"
-    return getattr(hf, name + kind)(config)
+    return config_class(**{**_known(stock, IDS), **parts, **more})
 
 
 def _part(stock: hf.PreTrainedConfig, sizes: dict, given: dict) -> hf.PreTrainedConfig:

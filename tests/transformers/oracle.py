@@ -56,7 +56,11 @@ def kept_tokens(family: Family, inputs: dict[str, Tensor], config: VLCacheConfig
     starts = (inputs["attention_mask"] == 0).sum(1).tolist()
     layer_types = getattr(family.text_config, "layer_types", None) or ["full_attention"] * len(maps)
     full = [i for i, kind in enumerate(layer_types) if kind == "full_attention"]
-    kept = Kept(len(maps), inputs["attention_mask"] == 1)
+    # Transformers has maps of layers with attention alone.
+    attending = [i for i, kind in enumerate(layer_types) if kind.endswith("_attention")]
+    attending = [i for i in attending if layer_types[i] != "linear_attention"]
+    maps = dict(zip(attending, maps, strict=True))
+    kept = Kept(len(layer_types), inputs["attention_mask"] == 1)
     for i in full:
         text = family.text_config
         num_kv_heads = getattr(text, "num_key_value_heads", text.num_attention_heads)

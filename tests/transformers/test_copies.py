@@ -29,7 +29,7 @@ CHOICES = {
     "whole": dict(budget=1.0),
     "remainder": dict(budget=0.4, remainder="mean"),
 }
-SOME = ["llava", "gemma3", "llama4"]
+SOME = ["llava", "gemma3", "llama4", "lfm3_vl"]
 some_families = pytest.mark.parametrize("family", SOME, indirect=True)
 each_choice = pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
 # By which loop questions are answered, and whether steps are captured.
@@ -117,7 +117,7 @@ def test_caches_from_files_answer_alike(family, choices):
                 assert torch.equal(ask(family, session, inputs, other, question, way), answer)
 
 
-@pytest.mark.parametrize("family", ["llava", "gemma3"], indirect=True)
+@pytest.mark.parametrize("family", ["llava", "gemma3", "lfm3_vl"], indirect=True)
 @each_way
 def test_a_copy_of_an_answered_cache_goes_on_with_the_dialogue(family, way):
     """Behind steps: head room used up, rings turned, tokens taken back."""
@@ -137,7 +137,7 @@ def test_a_copy_of_an_answered_cache_goes_on_with_the_dialogue(family, way):
             assert torch.equal(ask(family, session, more, other, QUESTIONS[1], way), expected)
 
 
-@pytest.mark.parametrize("family", ["llava", "gemma3"], indirect=True)
+@pytest.mark.parametrize("family", ["llava", "gemma3", "lfm3_vl"], indirect=True)
 @pytest.mark.parametrize("choices", [CHOICES["compressed"], CHOICES["remainder"]], ids=str)
 @pytest.mark.parametrize("way", ["eager", "captured", "lean"])
 def test_a_copy_that_outgrows_its_room_leaves_the_original_alone(family, choices, way, monkeypatch):
@@ -162,12 +162,14 @@ def tensors_of(cache):
     """What a step changes in place, where it is defined."""
     live = torch.arange(cache.ragged.max_seqlen_k) < cache.ragged.seqused_k[..., None]
     rows = (cache.ragged.cu_seqlens_k[:, :-1, None] + live.cumsum(-1) - 1)[live]
-    rings = cache.packed.rings
+    rings, states = cache.packed.rings, cache.packed.states
     of_rings = [] if rings is None else [rings.k, rings._positions]
-    return [cache.ragged.k[rows], cache.ragged.v[rows], cache.ragged.seqused_k, *of_rings]
+    of_states = [] if states is None else states.tensors
+    segments = [cache.ragged.k[rows], cache.ragged.v[rows], cache.ragged.seqused_k]
+    return [*segments, *of_rings, *of_states]
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"], indirect=True)
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3", "qwen3_5"], indirect=True)
 @each_way
 def test_a_copy_repeated_takes_a_batch_of_questions(family, way):
     inputs = family.inputs(LONG, SHORT)
@@ -225,7 +227,7 @@ def test_positions_are_those_of_the_caches_own_image(family, way):
         assert torch.equal(ask(family, session, inputs, loaded, QUESTIONS[1], way), expected[1])
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"], indirect=True)
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_5"], indirect=True)
 @pytest.mark.parametrize("cuda_graph", [False, True])
 @torch.no_grad()
 def test_steps_by_hand_on_copies_interleave(family, cuda_graph):
@@ -249,13 +251,14 @@ def test_steps_by_hand_on_copies_interleave(family, cuda_graph):
 
 @pytest.mark.parametrize("make", [copy.deepcopy, saved], ids=["copied", "saved"])
 @pytest.mark.parametrize("budget", [0.4, 1.0])
-@pytest.mark.parametrize("family", ["llava", "gemma3"], indirect=True)
+@pytest.mark.parametrize("family", ["llava", "gemma3", "lfm3_vl"], indirect=True)
 def test_empty_caches_and_prefixes(family, make, budget):
     """Before there is an image to be compressed."""
     inputs = family.inputs([*range(2, 12), *LONG])
-    text = {name: x[:, :10] for name, x in inputs.items() if name not in ("pixel_values",)}
-    rest = {name: x[:, 10:] for name, x in inputs.items() if name not in ("pixel_values",)}
-    rest |= dict(pixel_values=inputs["pixel_values"], attention_mask=inputs["attention_mask"])
+    whole = {name: inputs.pop(name) for name in list(inputs) if not name.endswith("_ids")}
+    text = {name: x[:, :10] for name, x in inputs.items()}
+    rest = {name: x[:, 10:] for name, x in inputs.items()} | whole
+    text["attention_mask"] = whole["attention_mask"][:, :10]
 
     @torch.no_grad()
     def run(make):
@@ -273,7 +276,7 @@ def test_empty_caches_and_prefixes(family, make, budget):
     assert torch.equal(logits, expected)
 
 
-@pytest.mark.parametrize("family", ["llava", "gemma3"], indirect=True)
+@pytest.mark.parametrize("family", ["llava", "gemma3", "lfm3_vl"], indirect=True)
 @pytest.mark.parametrize("first", ["eager", "captured"])
 @pytest.mark.parametrize("way", ["eager", "captured", "lean"])
 def test_a_cache_serves_a_later_block(family, first, way):

@@ -28,7 +28,7 @@ from vlcache_triton.integrations.transformers.names import CACHE
 from vlcache_triton.pool import ragged as ragged_module
 from vlcache_triton.pool.allocator import MAX_POOLS, round_up
 
-SOME = ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3"]
+SOME = ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "lfm3_vl"]
 SAMPLE = dict(GREEDY, do_sample=True, temperature=1.3, top_k=50)
 every_family = pytest.mark.parametrize("family", SUPPORTED, indirect=True)
 some_families = pytest.mark.parametrize("family", SOME, indirect=True)
@@ -296,7 +296,9 @@ def test_a_loop_by_hand(family, position_ids):
     torch.testing.assert_close(out, expected, atol=ORACLE_ATOL, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3", "llama4"], indirect=True)
+@pytest.mark.parametrize(
+    "family", ["llava", "qwen2_5_vl", "gemma3", "llama4", "lfm3_vl"], indirect=True
+)
 @each_budget
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_a_cache_that_is_reset_serves_another_prompt(family, budget, cuda_graph):
@@ -380,6 +382,18 @@ def test_where_capture_is_impossible_decoding_goes_on_eagerly(family, arguments)
             assert_same_run(generate(family, inputs, arguments), expected, ORACLE_ATOL)
         assert len([w for w in seen if "cuda_graph" in str(w.message)]) == 1
         assert session.graphs.num_captures == 0
+
+
+@pytest.mark.parametrize("family", ["muse_glimmer", "step3p7"], indirect=True)
+def test_what_a_step_cannot_run_when_captured_is_run_eagerly(family):
+    """A mask that is looked through for images; experts that the host chooses."""
+    inputs = family.inputs(LONG, SHORT)
+    expected = eagerly(family, inputs, GREEDY)
+    with vl_cache(family.model, budget=0.4, cuda_graph=True) as session, recorded_graphs(session):
+        with pytest.warns(UserWarning, match=r"^cuda_graph: .*not permitted"):
+            out = generate(family, inputs, GREEDY)
+        assert session.graphs.num_captures == 0
+    assert_same_run(out, expected, ORACLE_ATOL)
 
 
 @some_families

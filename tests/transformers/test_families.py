@@ -14,7 +14,7 @@ from checks import (
     assert_same_run,
     logits,
 )
-from families import FURTHER, LONG, PICTURE, SHORT, SUPPORTED, VIDEOS
+from families import FURTHER, HYBRID, LONG, PICTURE, SHORT, SUPPORTED, VIDEOS
 from tiny_models import VIDEO
 
 from vlcache_triton import VLCacheConfig
@@ -22,7 +22,9 @@ from vlcache_triton.integrations.transformers import vl_cache
 
 BATCHES = {"one": [LONG], "padded": [LONG, SHORT]}
 every_family = pytest.mark.parametrize("family", SUPPORTED, indirect=True)
-and_further_ones = pytest.mark.parametrize("family", [*SUPPORTED, *FURTHER, *VIDEOS], indirect=True)
+and_further_ones = pytest.mark.parametrize(
+    "family", [*SUPPORTED, *FURTHER, *HYBRID, *VIDEOS], indirect=True
+)
 every_batch = pytest.mark.parametrize("prompts", BATCHES.values(), ids=BATCHES)
 
 

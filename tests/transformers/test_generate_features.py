@@ -17,7 +17,7 @@ from vlcache_triton.integrations.transformers.names import CACHE
 SAMPLE = dict(GREEDY, do_sample=True, temperature=1.3, top_k=50)
 BEAMS = dict(GREEDY, num_beams=2, max_new_tokens=10)
 BF16_ATOL = 0.02
-FAMILIES = ["llava", "qwen2_5_vl", "gemma3"]
+FAMILIES = ["llava", "qwen2_5_vl", "gemma3", "qwen3_5"]
 some_families = pytest.mark.parametrize("family", FAMILIES, indirect=True)
 
 
@@ -160,7 +160,7 @@ def test_guidance_reads_an_unconditional_prompt_beside_the_other(family):
     assert session.report().lengths == inputs["attention_mask"].sum(1).tolist()
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"], indirect=True)
+@some_families
 def test_half_precision(family):
     """Rounding may change what is kept, so what can be held to it is the budget and the answer."""
     model = copy.deepcopy(family.model).bfloat16()

@@ -17,7 +17,7 @@ from vlcache_triton.integrations.transformers import VLCache, vl_cache
 from vlcache_triton.integrations.transformers.names import CACHE
 
 CONFIG = VLCacheConfig(budget=0.4)
-SOME = ["llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"]
+SOME = ["llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v"]
 TURN = [30, 31, 32, 33, 34]
 LONG_TURN = list(range(20, 61))  # more than 16 query rows on a compressed cache
 VISION = ("pixel_values", "image_grid_thw", "image_sizes")

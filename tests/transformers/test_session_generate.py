@@ -98,6 +98,14 @@ def test_the_whole_cache(family):
         assert torch.equal(out, stock(family, inputs, GREEDY, budget=1.0))
 
 
+@pytest.mark.parametrize("family", ["exaone4_5", "hyperclovax_vision_v2"], indirect=True)
+def test_it_captures_the_steps_of_models_that_hand_on_no_positions(family):
+    """In `model.generate`, they count the tokens in the cache: in Python, so eagerly."""
+    inputs = family.inputs(LONG, SHORT)
+    out = lean(family, inputs, GREEDY, "recorded")
+    assert torch.equal(out, stock(family, inputs, GREEDY))
+
+
 @pytest.mark.parametrize("family", ["llava", "gemma3"], indirect=True)
 @each_way
 @pytest.mark.parametrize("new", [1, 2, LAG, LAG + 1, LAG + 2, 20])
@@ -246,7 +254,7 @@ def test_both_loops_take_turns(family):
         assert session.report().budget == 0.4
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"], indirect=True)
+@pytest.mark.parametrize("family", [*SOME, "qwen3_5"], indirect=True)
 @pytest.mark.parametrize("loop", ["lean", "stock"])
 @pytest.mark.parametrize("early", [False, True], ids=["to the end", "stopped early"])
 @pytest.mark.parametrize("cuda_graph", [False, True])

@@ -161,7 +161,7 @@ def test_an_image_without_a_token_is_said_to_be_whole(family):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("family", ["llava", "mistral3", "llama4"], indirect=True)
+@pytest.mark.parametrize("family", ["llava", "mistral3", "llama4", "lfm2_vl"], indirect=True)
 @torch.no_grad()
 def test_a_text_prefix_first_and_the_image_behind_it(family, streaming):
     """As one prompt: the same tokens are kept."""
@@ -213,6 +213,30 @@ def test_a_prompt_begins_without_the_offsets_of_another(family):
         family.model(input_ids=text, **{CACHE: cache})
         out = family.model(input_ids=step, **{CACHE: cache})
     torch.testing.assert_close(out.logits[:, -1], expected, atol=ORACLE_ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+@torch.no_grad()
+def test_a_model_that_leaves_tokens_out(family, cuda_graph):
+    """As Nemotron Omni prunes videos: input_ids do not tell where the rest lies."""
+
+    def leave_out(text_model, args, kwargs):
+        for name in ("inputs_embeds", "attention_mask"):
+            kwargs[name] = kwargs[name][:, 1:]
+        return args, kwargs
+
+    inputs = family.inputs(LONG)
+    hook = family.model.model.language_model.register_forward_pre_hook(leave_out, with_kwargs=True)
+    length = inputs["input_ids"].shape[1]
+    match = rf"^model: got {length - 1} rows for a prompt of {length} tokens"
+    try:
+        refused = pytest.raises(NotImplementedError, match=match)
+        with refused, vl_cache(family.model, CONFIG, cuda_graph=cuda_graph):
+            family.model(**inputs)
+        with vl_cache(family.model, budget=1.0, cuda_graph=False):  # nothing is compressed
+            assert family.model(**inputs).logits.shape[1] == length - 1
+    finally:
+        hook.remove()
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])

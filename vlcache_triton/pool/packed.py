@@ -10,6 +10,7 @@ from torch import Tensor
 from .allocator import PoolAllocator
 from .ragged import RaggedCache
 from .rings import WindowRings
+from .states import LayerStates
 
 
 class PackedCache:
@@ -18,6 +19,7 @@ class PackedCache:
     ragged: of the layers that are compressed; to be set before anything else is done.
     rings: of the layers with a window, where captured steps are to read them; None where there is
         no such layer, or their rows are elsewhere.
+    states: of the layers with a state, likewise.
     pads: left pads of each sequence.
     num_seen: tokens of every sequence, with pads and all that was evicted.
     step_rows: rows a sequence of the pass that is running; 0 between passes.
@@ -27,12 +29,16 @@ class PackedCache:
 
     def __init__(self, pads: Sequence[int], num_seen: int) -> None:
         self.rings: WindowRings | None = None
+        self.states: LayerStates | None = None
         self.pads, self.num_seen, self.step_rows = tuple(pads), num_seen, 0
 
     @property
     def places(self) -> tuple[Tensor, ...]:
-        """What a captured step reads where it is: other tensors once memory has moved."""
-        return (self.ragged.k,) if self.rings is None else (self.ragged.k, self.rings.k)
+        """What a captured step reads where it is, one tensor for all that move together: others
+        once memory has moved."""
+        rings = [] if self.rings is None else [self.rings.k]
+        states = [] if self.states is None else self.states.tensors[:1]
+        return (self.ragged.k, *rings, *states)
 
     def begin_step(self, num_rows: int) -> None:
         """Announce a forward pass of `num_rows` tokens a sequence."""
@@ -55,9 +61,15 @@ class PackedCache:
         self.num_seen += self.step_rows
         self.step_rows = 0
 
+    @property
+    def can_take_back(self) -> bool:
+        """Whether rows can be forgotten: nothing leads back from a state."""
+        return self.states is None or not self.states.tensors
+
     def take_back(self, num_rows: int) -> None:
         """Forget the last rows of every sequence: of steps that had run past the answer's end."""
         if num_rows > 0:
+            assert self.can_take_back
             self.ragged.seqused_k -= num_rows
             self.ragged.room += num_rows
             self.num_seen -= num_rows
@@ -68,6 +80,8 @@ class PackedCache:
         """Make sequence i what sequence indices[i] was."""
         if self.rings is not None:
             self.rings.select_sequences(indices)
+        if self.states is not None:
+            self.states.select_sequences(indices)
         self.ragged.select_sequences(indices)
         self.pads = tuple(self.pads[i] for i in indices.tolist())
 
@@ -79,4 +93,8 @@ class PackedCache:
             rings: WindowRings = allocator.attach(WindowRings, self.rings.shape, other)
             rings.copy_from(self.rings)
             other.rings = rings
+        if self.states is not None:
+            states: LayerStates = allocator.attach(LayerStates, self.states.shape, other)
+            states.fill(self.states.tensors)
+            other.states = states
         return other

@@ -93,7 +93,7 @@ class Recording(VLCache):
         return sum(layer.k.shape[0] * layer.k.shape[1] for layer in self._recorded)
 
     def keep_other_layers(self) -> None:
-        """Remember the sliding-window layers as the prompt left them: call it before decoding."""
+        """Remember windows and states as the prompt left them: call it before decoding."""
         self.other_layers = {
             i: copy.deepcopy(layer, {id(self.contents): self.contents})
             for i, layer in enumerate(self.layers)

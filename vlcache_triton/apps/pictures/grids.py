@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # Families that tell their grid as frames, rows and columns of patches, merged by a known factor.
-GRID_THW_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")
+GRID_THW_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v")
 
 
 class UnknownGridError(Exception):
