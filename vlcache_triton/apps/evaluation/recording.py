@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vlcache_triton.integrations.transformers.cache import VLCache, VLCacheLayer
+from vlcache_triton.kernels.types import PostVisionStats
 from vlcache_triton.ops import Backend
 from vlcache_triton.pool.compress import PromptCompressor, move_layer, shape_of
 from vlcache_triton.pool.packed import PackedCache

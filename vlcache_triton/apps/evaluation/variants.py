@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlcache_triton.recipe.config import Remainder, VLCacheConfig
-from vlcache_triton.recipe.policies import POLICIES, VL_CACHE, Policy, Scoring, hindsight, snapkv
+from vlcache_triton.recipe.policies import (
+    POLICIES,
+    VL_CACHE,
+    Policy,
+    PromptStatistics,
+    hindsight,
+    snapkv,
+)
+from vlcache_triton.recipe.policies.policy import Scoring
 
 BUDGETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 
@@ -72,8 +80,9 @@ def tuned_snapkv(budget: float, remainder: Remainder = "none") -> Variant:
     return Variant(PEER if remainder == "none" else PEER + WITH_ROW, config, policy)
 
 
-def _max_pooled(width: int, score: Scoring, scores: Tensor, is_visual: Tensor | None) -> Tensor:
-    return score(F.max_pool1d(scores, width, 1, width // 2), is_visual)
+def _max_pooled(width: int, score: Scoring, statistics: PromptStatistics) -> Tensor:
+    pooled = F.max_pool1d(statistics.attention, width, 1, width // 2)
+    return score(replace(statistics, attention=pooled))
 
 
 def readings(budget: float) -> list[Variant]:
