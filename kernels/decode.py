@@ -131,7 +131,7 @@ def varlen_decode(
         causal: bottom-right aligned. False by default, as in flash-attn: several rows that continue
             their sequence want True; one row sees all keys either way.
         window_size: (left, right) keys visible round the aligned diagonal, -1 for no bound. As
-            softcap and workspace, for engines: no adapter of ours passes it.
+            workspace, for engines: no adapter of ours passes it.
         softcap: logits become tanh(logits / softcap) * softcap where it is above 0.
         seqused_k: `[num_seqs]` int32, live keys of each sequence, on the device.
         block_table: `[num_seqs, max_blocks]` int32.

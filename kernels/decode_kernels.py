@@ -5,6 +5,7 @@ import triton.language as tl
 
 from . import profiling
 from .addressing import live_length, load_rows, row_offsets, sequence_start, store_rows
+from .softcap import capped
 
 # Of lengths, single elements are read: where a layer's part of a tensor starts is no reason to
 # compile anew.
@@ -58,8 +59,8 @@ def _attend(
         at = row_offsets(keys, live, start, block_table_ptr, stride_k_page, stride_k_row, PAGE_SIZE)
         k = load_rows(k_ptr, at, live, HEAD_SIZE, D)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if SOFTCAP:  # tanh(x) = 1 - 2 / (exp(2 x) + 1), finite at both ends
-            logits = 1.0 - 2.0 / (tl.exp2(logits * scale_log2) + 1.0)
+        if SOFTCAP:
+            logits = capped(logits, scale_log2)
         if bias is not None:  # costs no instruction more but the select
             addend = tl.where(keys == 0, bias, 0.0)[None, :]
             logits = tl.fma(logits, softcap_log2 if SOFTCAP else scale_log2, addend)

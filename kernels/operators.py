@@ -94,8 +94,9 @@ _post_vision_stats = _operator(
     score.post_vision_stats,
     "(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q,"
     " SymInt max_seqlen_k, *, float? softmax_scale=None, float threshold=0.01,"
-    " Tensor? seqused_k=None, Tensor? block_table=None, Tensor? row_weights=None,"
-    ' str row_reduction="sum", str group_reduction="mean") -> (Tensor, Tensor, Tensor)',
+    " float softcap=0.0, Tensor? seqused_k=None, Tensor? block_table=None,"
+    ' Tensor? row_weights=None, str row_reduction="sum", str group_reduction="mean")'
+    " -> (Tensor, Tensor, Tensor)",
     _fake_stats,
 )
 _key_value_stats = _operator(

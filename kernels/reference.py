@@ -27,6 +27,7 @@ def post_vision_stats(
     *,
     softmax_scale: float | None = None,
     threshold: float = 0.01,
+    softcap: float = 0.0,
     seqused_k: Tensor | None = None,
     block_table: Tensor | None = None,
     row_weights: Tensor | None = None,
@@ -49,6 +50,8 @@ def post_vision_stats(
             continue
         k_i = rows(k).float().repeat_interleave(num_heads // num_kv_heads, 1)  # [n_k, H, d]
         logits = torch.einsum("qhd,khd->hqk", q_i, k_i) * scale
+        if softcap > 0:
+            logits = torch.tanh(logits / softcap) * softcap
         mask = _causal(len(q_i), length_k, q.device)
         logits = logits.masked_fill(~mask, -math.inf)
         row_max = logits.amax(-1, keepdim=True)

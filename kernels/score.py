@@ -121,6 +121,7 @@ def post_vision_stats(
     *,
     softmax_scale: float | None = None,
     threshold: float = 0.01,
+    softcap: float = 0.0,
     seqused_k: Tensor | None = None,
     block_table: Tensor | None = None,
     row_weights: Tensor | None = None,
@@ -144,6 +145,7 @@ def post_vision_stats(
         max_seqlen_q, max_seqlen_k: host upper bounds of the lengths.
         softmax_scale: above 0; default 1 / sqrt(d).
         threshold: p of eq. 1, above 0 and at most 1.
+        softcap: logits become tanh(logits / softcap) * softcap where it is above 0, before all else.
         seqused_k: `[num_seqs]` int32, live keys of each sequence; default all.
         block_table: `[num_seqs, max_blocks]` int32, the pages of each sequence in order.
         row_weights: `[total_q]` fp32, at least 0: what each row's attention counts in the scores.
@@ -161,6 +163,8 @@ def post_vision_stats(
     group = num_heads // num_kv_heads
     num_seqs = cu_seqlens_q.shape[0] - 1
     scale = d**-0.5 if softmax_scale is None else softmax_scale
+    # What the rows' maxima are multiplied with; with a cap they are of tanh(logits / softcap).
+    factor = softcap if softcap > 0 else scale
     rows = row_pass_launch(
         d,
         q.element_size(),
@@ -184,7 +188,8 @@ def post_vision_stats(
         "cu_seqlens_k_ptr": cu_seqlens_k,
         "seqused_k_ptr": seqused_k,
         "retained_ptr": retained,
-        "scale_log2": scale * math.log2(math.e),
+        "scale_log2": factor * math.log2(math.e),
+        "tanh_log2": 2.0 * scale / softcap * math.log2(math.e) if softcap > 0 else None,
         "total_q": total_q,
         "stride_q_row": q.stride(0),
         "stride_q_head": q.stride(1),
@@ -193,7 +198,7 @@ def post_vision_stats(
         "GROUP": group,
         "GROUP_PADDED": triton.next_power_of_2(group),
     }
-    margin = math.log(threshold) / scale  # in units of raw logits
+    margin = math.log(threshold) / factor
     with torch.cuda.device_of(q):  # the model may lie on several devices
         row_stats = _row_pass(rows, shared, visible, margin)
         _column_kernel[(triton.cdiv(max_seqlen_k, columns.BLOCK_N), num_kv_heads, num_seqs)](
@@ -256,7 +261,7 @@ def _check(
         seqused_k=seqused_k,
         block_table=block_table,
     )
-    # The filter compares raw logits, which a scale below 0 would turn round.
+    # The filter compares logits without their scale, which one below 0 would turn round.
     positive = softmax_scale is None or softmax_scale > 0
     expect(positive, "softmax_scale", softmax_scale, "a number above 0")
     expect(0 < threshold <= 1, "threshold", threshold, "a number above 0 and at most 1")

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from . import profiling
 from .addressing import live_length, load_rows, row_offsets, sequence_start
+from .softcap import capped
 
 
 @triton.jit
@@ -28,8 +29,9 @@ def _row_kernel(
     block_table_ptr,
     retained_ptr,  # [num_seqs, num_heads], set to 0 here for the column pass
     visible_ptr,  # [num_seqs]
-    partials_ptr,  # [2, num_splits, num_rows]: maxima of the raw logits, then sums
-    scale_log2,
+    partials_ptr,  # [2, num_splits, num_rows]: maxima of the logits, then sums
+    scale_log2,  # softmax_scale * log2(e); with a softcap, softcap * log2(e)
+    tanh_log2,  # with a softcap, softmax_scale * 2 * log2(e) / softcap; else None
     total_q,
     max_blocks,
     num_row_blocks,
@@ -87,6 +89,8 @@ def _row_kernel(
                 )
                 k = load_rows(k_ptr + head * stride_k_head, at, live_keys, HEAD_SIZE, D)
                 logits = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+                if tanh_log2 is not None:
+                    logits = capped(logits, tanh_log2)
                 if masked:
                     logits = tl.where(keys[None, :] <= last_key[:, None], logits, -float("inf"))
                 new_max = tl.maximum(row_max, tl.max(logits, 1))
@@ -108,10 +112,10 @@ def _row_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "num_splits"], launch_metadata=profiling.score_row_stats)
 def _row_stats_kernel(
-    partials_ptr,  # [2, num_splits, num_rows]: maxima of the raw logits, then sums
+    partials_ptr,  # [2, num_splits, num_rows]: maxima of the logits, then sums
     row_stats_ptr,  # [2, num_rows]: the least logit that passes the filter, then log2-sum-exp2
     scale_log2,
-    margin,  # ln(threshold) in units of raw logits
+    margin,  # ln(threshold), in units of what scale_log2 is multiplied with
     num_rows,
     num_splits,
     MAX_SPLITS: tl.constexpr,
@@ -154,7 +158,8 @@ def _column_kernel(
     row_stats_ptr,  # [2, num_rows]
     row_weights_ptr,  # [total_q], or None
     scores_ptr,  # [num_kv_heads, total_k]
-    scale_log2,
+    scale_log2,  # softmax_scale * log2(e); with a softcap, softcap * log2(e)
+    tanh_log2,  # with a softcap, softmax_scale * 2 * log2(e) / softcap; else None
     total_q,
     max_blocks,
     total_k,
@@ -225,6 +230,8 @@ def _column_kernel(
                 bound = tl.load(bounds + row + rows, mask=live, other=float("inf"))
                 lse = tl.load(lses + row + rows, mask=live, other=float("inf"))
                 logits = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+                if tanh_log2 is not None:
+                    logits = capped(logits, tanh_log2)
                 if masked:
                     last_key = n_k - n_q + token + tokens
                     logits = tl.where(keys[:, None] <= last_key[None, :], logits, -float("inf"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ def plain_scores(
     lengths_q: list[int],
     live: list[int],
     *,
+    softcap: float = 0.0,
     row_weights: torch.Tensor | None = None,
     row_reduction: str = "sum",
     group_reduction: str = "mean",
@@ -52,7 +54,10 @@ def plain_scores(
         k = k.repeat_interleave(group, 1).permute(1, 2, 0)
         rows = torch.arange(n_q, device=q.device)[:, None] + n_k - n_q
         hidden = torch.arange(n_k, device=q.device) > rows
-        logits = (q @ k * d**-0.5).masked_fill(hidden, -torch.inf)
+        logits = q @ k * d**-0.5
+        if softcap > 0:
+            logits = torch.tanh(logits / softcap) * softcap
+        logits = logits.masked_fill(hidden, -torch.inf)
         attention = logits.softmax(-1).masked_fill(hidden, 0.0)
         if row_weights is not None:
             weights = row_weights[starts_q[i] : starts_q[i] + n_q, None]
@@ -64,10 +69,11 @@ def plain_scores(
     return scores
 
 
-def assert_counts(actual: torch.Tensor, batch: Varlen, threshold: float = 0.01) -> None:
+def assert_counts(actual: torch.Tensor, batch: Varlen, threshold=0.01, **options: Any) -> None:
     """Only entries within rounding of the threshold may count otherwise than in the reference."""
-    strict = run(reference.post_vision_stats, batch, threshold=threshold * 1.0001).retained
-    loose = run(reference.post_vision_stats, batch, threshold=threshold / 1.0001).retained
+    stats = functools.partial(run, reference.post_vision_stats, batch, **options)
+    strict = stats(threshold=threshold * 1.0001).retained
+    loose = stats(threshold=threshold / 1.0001).retained
     assert (strict <= actual).all()
     assert (actual <= loose).all()
 
@@ -163,6 +169,30 @@ def test_rows_of_weight_0_are_not_there(device: torch.device) -> None:
         scores = run(post_vision_stats, batch, row_weights=weights, row_reduction=reduction).scores
         expected = run(post_vision_stats, last, row_reduction=reduction).scores
         torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 2.0, 50.0])
+@pytest.mark.parametrize(
+    "name", ["odd lengths", "more rows than keys", "pages of 7, live", "group 3, fp32"]
+)
+def test_softcap(device: torch.device, name: str, softcap: float) -> None:
+    """Logits that are large for the small caps, and of which the large one changes little."""
+    case = CASES[name]
+    batch = random_varlen(**case, device=device)
+    packed = random_varlen(**{**case, "page_size": None}, device=device)
+    for x in (batch, packed):
+        x.q = x.q * 3
+    actual = run(post_vision_stats, batch, softcap=softcap)
+    expected = run(reference.post_vision_stats, batch, softcap=softcap)
+    plain = torch.zeros_like(expected.scores)
+    live = case.get("used", case["lengths_k"])
+    capped = plain_scores(packed, case["lengths_q"], live, softcap=softcap)
+    plain[:, : packed.k.shape[0]] = capped
+    assert_accurate(actual.scores, plain, expected.scores)
+    assert torch.equal(actual.visible, expected.visible)
+    assert_counts(actual.retained, batch, softcap=softcap)
+    uncapped = run(reference.post_vision_stats, batch)
+    assert not torch.allclose(expected.scores, uncapped.scores, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("threshold", [0.01, 0.3, 1.0])
