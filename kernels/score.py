@@ -145,7 +145,7 @@ def post_vision_stats(
         max_seqlen_q, max_seqlen_k: host upper bounds of the lengths.
         softmax_scale: above 0; default 1 / sqrt(d).
         threshold: p of eq. 1, above 0 and at most 1.
-        softcap: logits become tanh(logits / softcap) * softcap where it is above 0, before all else.
+        softcap: logits become tanh(logits / softcap) * softcap where it is above 0, first of all.
         seqused_k: `[num_seqs]` int32, live keys of each sequence; default all.
         block_table: `[num_seqs, max_blocks]` int32, the pages of each sequence in order.
         row_weights: `[total_q]` fp32, at least 0: what each row's attention counts in the scores.

@@ -7,6 +7,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from vlcache_triton.pool.softcap import capped_attention
+
 from .layers import PromptLength, layer_of
 from .prefill import prefill_attention
 
@@ -21,6 +23,7 @@ def vlcache_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Dense attention, observed where it prefills a VLCache; ragged once that is compressed.
@@ -30,23 +33,26 @@ def vlcache_attention(
     """
     layer = layer_of(key)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if kwargs.get("softcap") is not None:  # SDPA would ignore it
-        raise NotImplementedError(f"softcap: got {kwargs['softcap']}, expected None with vl_cache")
+    softcap = 0.0 if softcap is None else softcap
     for bias in (attention_mask, kwargs.get("position_bias"), kwargs.get("s_aux")):
         if layer is not None and bias is not None:
             layer.check_mask(bias)
-    if layer is not None and (decoded := layer.attend(query, key, value, scale)) is not None:
-        return decoded, None
+    if layer is not None:
+        decoded = layer.attend(query, key, value, scale, softcap)
+        if decoded is not None:
+            return decoded, None
     prompt = None if layer is None else layer.prompt
     is_dense = attention_mask is None and dropout == 0 and query.shape[2] == key.shape[2]
     if prompt is not None and is_dense:
-        out = prefill_attention(query, key, value, prompt, scale)
+        out = prefill_attention(query, key, value, prompt, scale, softcap)
+    elif softcap > 0:  # SDPA would ignore it
+        out = capped_attention(query, key, value, attention_mask, scale, softcap).transpose(1, 2)
     else:
         out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     if prompt is not None:
-        layer.observe(query, scale)
+        layer.observe(query, scale, softcap)
     return out, None
 
 

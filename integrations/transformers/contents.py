@@ -100,7 +100,9 @@ class Contents:
         self.prompt = prompt
         self.state = Reading(prompt, num_past, compresses) if packs else Dense()
 
-    def add_layer(self, k: Tensor, v: Tensor, query: Tensor, softmax_scale: float) -> None:
+    def add_layer(
+        self, k: Tensor, v: Tensor, query: Tensor, softmax_scale: float, softcap: float
+    ) -> None:
         """Take a layer of the prompt that is being read; arguments as `PromptCompressor.add`."""
         reading = self.reading
         assert reading is not None
@@ -110,7 +112,7 @@ class Contents:
                 reading.prompt, len(self.layers), self.config, backend, self.policy
             )
         with torch.no_grad():
-            reading.compressor.add(k, v, query.detach(), softmax_scale)
+            reading.compressor.add(k, v, query.detach(), softmax_scale, softcap)
             if reading.compressor.num_added == len(self.layers):
                 self._pack(reading.prompt, reading.compressor)
 

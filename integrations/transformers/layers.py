@@ -94,13 +94,15 @@ class VLCacheLayer(ContentsLayer, DynamicLayer):
         return _tagged(key_states, self), value_states
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, softmax_scale: float
+        self, query: Tensor, key: Tensor, value: Tensor, softmax_scale: float, softcap: float
     ) -> Tensor | None:
         """Attention over the packed cache `[num_seqs, n, num_heads, d_v]`; None before."""
         packed = self.contents.packed
-        return None if packed is None else packed.ragged.attend(self.index, query, softmax_scale)
+        if packed is None:
+            return None
+        return packed.ragged.attend(self.index, query, softmax_scale, softcap)
 
-    def observe(self, query: Tensor, softmax_scale: float) -> None:
+    def observe(self, query: Tensor, softmax_scale: float, softcap: float) -> None:
         """Hand K, V and query rows of the prompt that is being read to compression."""
         assert self.keys is not None and self.values is not None and self.prompt is not None
         if self.keys.shape[2] != self.prompt.padded_length:
@@ -112,7 +114,7 @@ class VLCacheLayer(ContentsLayer, DynamicLayer):
         # By row, as projections and RoPE leave them behind: views.
         k, v = (x.detach().transpose(1, 2).flatten(0, 1) for x in (self.keys, self.values))
         self.keys = self.values = None
-        self.contents.add_layer(k, v, query, softmax_scale)
+        self.contents.add_layer(k, v, query, softmax_scale, softcap)
 
     def get_seq_length(self) -> Any:
         """Tokens seen, not tokens kept: positions go on from here. During a step of a model with
@@ -161,10 +163,12 @@ class WindowLayer(ContentsLayer, DynamicSlidingWindowLayer):
         keys, values = packed.rings.append(self.index, key_states, value_states)
         return _tagged(keys, self), values
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, softmax_scale: float) -> Tensor:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, softmax_scale: float, softcap: float
+    ) -> Tensor:
         """Attention within the window `[num_seqs, n, num_heads, d_v]`."""
         assert self.rings is not None
-        return self.rings.attend(query, key, value, softmax_scale)
+        return self.rings.attend(query, key, value, softmax_scale, softcap)
 
     def get_seq_length(self) -> int:
         """Tokens seen: positions go on from here."""

@@ -9,11 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlcache_triton.pool.softcap import capped_attention
 from vlcache_triton.recipe.prompt import Prompt
 
 
 def prefill_attention(
-    query: Tensor, key: Tensor, value: Tensor, prompt: Prompt, softmax_scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt: Prompt,
+    softmax_scale: float,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Causal attention within each prompt of a left-padded batch.
 
@@ -25,18 +31,22 @@ def prefill_attention(
         `[num_seqs, padded_length, num_heads, d_v]`; the rows of pads are defined, and of no use.
     """
     if _takes_flash_attn(query, value):
-        return _flash_attention(query, key, value, prompt, softmax_scale)
+        return _flash_attention(query, key, value, prompt, softmax_scale, softcap)
     if not any(prompt.pads):
-        return _causal(query, key, value, softmax_scale)
+        return _causal(query, key, value, softmax_scale, softcap)
     num_seqs, num_heads, length, _ = query.shape
     out = query.new_zeros(num_seqs, length, num_heads, value.shape[-1])
     for i, pad in enumerate(prompt.pads):
         q, k, v = (x[i : i + 1, :, pad:] for x in (query, key, value))
-        out[i, pad:] = _causal(q, k, v, softmax_scale)[0]
+        out[i, pad:] = _causal(q, k, v, softmax_scale, softcap)[0]
     return out
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float) -> Tensor:
+def _causal(
+    query: Tensor, key: Tensor, value: Tensor, softmax_scale: float, softcap: float
+) -> Tensor:
+    if softcap > 0:
+        return capped_attention(query, key, value, None, softmax_scale, softcap).transpose(1, 2)
     out = F.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=softmax_scale, enable_gqa=True
     )
@@ -44,7 +54,12 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float) -> 
 
 
 def _flash_attention(
-    query: Tensor, key: Tensor, value: Tensor, prompt: Prompt, softmax_scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt: Prompt,
+    softmax_scale: float,
+    softcap: float,
 ) -> Tensor:
     """flash-attn's varlen kernel: each run of pads is a short sequence of its own."""
     from flash_attn import flash_attn_varlen_func
@@ -53,7 +68,10 @@ def _flash_attention(
     cu_seqlens = prompt.cu_seqlens(query.device)[1]
     rows = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
     out = flash_attn_varlen_func(
-        *rows, cu_seqlens, cu_seqlens, length, length, softmax_scale=softmax_scale, causal=True
+        *(*rows, cu_seqlens, cu_seqlens, length, length),
+        softmax_scale=softmax_scale,
+        causal=True,
+        softcap=softcap,
     )
     return out.view(num_seqs, length, num_heads, -1)
 

@@ -231,8 +231,6 @@ def check_model(model: PreTrainedModel) -> None:
             raise _unsupported(model.config, "its text rows are not causal")
         if getattr(module, "sinks", None) is not None:
             raise _unsupported(model.config, "its attention has sinks")
-        if getattr(module, "attn_logit_softcapping", None) is not None:
-            raise _unsupported(model.config, "its attention caps logits softly")
 
 
 def check_generate(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:

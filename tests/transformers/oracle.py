@@ -192,9 +192,9 @@ def _masked_attention(
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
     """Eager attention; past the prefill, evicted prompt tokens are masked for each KV head."""
-    assert kwargs.get("softcap") is None
+    cap = kwargs.get("softcap")
     group = query.shape[1] // key.shape[1]
-    logits = query @ key.repeat_interleave(group, 1).transpose(2, 3) * scaling
+    logits = _capped(query @ key.repeat_interleave(group, 1).transpose(2, 3) * scaling, cap)
     logits = logits + attention_mask[..., : key.shape[2]]
     kept = _kept[module.layer_idx]
     if kept is not None and key.shape[2] > kept.shape[2]:
@@ -202,13 +202,18 @@ def _masked_attention(
         logits[..., : kept.shape[2]].masked_fill_(~prompt, -math.inf)
         evicted = ~kept & _kept.real[:, None]
         mean_k, mean_v, bias = means(evicted & _kept.rows[module.layer_idx][..., None], key, value)
-        row = query @ mean_k.repeat_interleave(group, 1).transpose(2, 3) * scaling
+        row = _capped(query @ mean_k.repeat_interleave(group, 1).transpose(2, 3) * scaling, cap)
         row = row + bias.repeat_interleave(group, 1)
         logits = torch.cat([row, logits], -1)
         value = torch.cat([mean_v, value], 2)
     weights = logits.softmax(-1)
     out = weights @ value.repeat_interleave(group, 1)
     return out.transpose(1, 2).contiguous(), weights
+
+
+def _capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Of a text that caps its logits softly, as Gemma2."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def means(evicted: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

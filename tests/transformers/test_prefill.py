@@ -99,9 +99,10 @@ def test_flash_attn_is_given_runs_of_pads_as_sequences_of_their_own(monkeypatch)
     """Its varlen interface, as far as it can be followed without it."""
     seen = {}
 
-    def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal):
+    def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, **options):
         seen.update(cu_q=cu_q.tolist(), max_q=max_q)
-        assert causal and torch.equal(cu_q, cu_k) and max_q == max_k
+        assert options == dict(causal=True, softcap=0.0)
+        assert torch.equal(cu_q, cu_k) and max_q == max_k
         out = q.new_empty(*q.shape[:2], v.shape[-1])
         for first, last in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True):
             rows = [x[None, first:last].transpose(1, 2) for x in (q, k, v)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import refused_models
 import transformers
-import unusual_models
 from checks import nothing_computed
 
 from vlcache_triton import VLCacheConfig
@@ -28,14 +27,6 @@ def test_a_cache_for_such_a_model_is_refused(name):
     model = getattr(refused_models, name)()
     with pytest.raises(NotImplementedError):
         VLCache(model.config, VLCacheConfig(budget=0.4))
-
-
-def test_a_text_with_soft_caps():
-    """Neither what measures prompts nor what reads them has such logits."""
-    model = unusual_models.llava_on_gemma2().model
-    refused = pytest.raises(NotImplementedError, match="caps logits softly")
-    with nothing_computed(model), refused, vl_cache(model, budget=0.4):
-        pytest.fail("the block was entered")
 
 
 def test_a_configuration_of_unlike_layers():

@@ -121,9 +121,9 @@ def test_dense_layers_do_not_coexist(family, monkeypatch):
     dense, alive, held = [], [], []
     add = StreamingCompressor.add
 
-    def watch(self, k, v, q, softmax_scale):
+    def watch(self, k, v, q, *options):
         alive.append([x() is not None for pair in dense for x in pair])
-        add(self, k, v, q, softmax_scale)
+        add(self, k, v, q, *options)
         # Of storages: views of them come and go.
         dense.append([weakref.ref(x.untyped_storage()) for x in (k, v)])
         held.append(sum(x.k.nbytes + x.v.nbytes for x in self._pruned))

@@ -48,10 +48,11 @@ def llava_on_doge() -> Family:
 
 
 def llava_on_gemma2() -> Family:
-    """Its text caps logits softly."""
+    """Its text caps logits softly, in layers with a window too."""
     torch.manual_seed(0)
     text = dict(TEXT, model_type="gemma2", head_dim=16, attn_logit_softcapping=2.0)
-    text |= dict(layer_types=["full_attention"] * 4, query_pre_attn_scalar=4)
+    text |= dict(layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=16)
+    text |= dict(query_pre_attn_scalar=4)
     config = hf.LlavaConfig(
         vision_config=CLIP,
         text_config=text,

@@ -44,16 +44,20 @@ class PromptCompressor:
         self._stats: list[LayerStats] = []
         self._rows: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, k: Tensor, v: Tensor, q: Tensor, softmax_scale: float) -> None:
+    def add(
+        self, k: Tensor, v: Tensor, q: Tensor, softmax_scale: float, softcap: float = 0.0
+    ) -> None:
         """One layer, after RoPE.
 
         Args:
             k, v: `[num_seqs * padded_length, num_kv_heads, d]`; kept by reference.
             q: `[num_seqs, num_heads, n, d]`, whose last rows are the prompts' last rows.
+            softcap: of the logits, as `post_vision_stats` has it.
         """
         self._count(k, v)
         if self.compresses:
-            self._stats.append(self.measure(self.num_added - 1, k, v, q, softmax_scale))
+            layer = self.num_added - 1
+            self._stats.append(self.measure(layer, k, v, q, softmax_scale, softcap))
         self._rows.append((k, v))
 
     def pack(
@@ -85,11 +89,18 @@ class PromptCompressor:
         self.bytes_seen += k.nbytes + v.nbytes
 
     def measure(
-        self, layer: int, k: Tensor, v: Tensor, q: Tensor, softmax_scale: float
+        self,
+        layer: int,
+        k: Tensor,
+        v: Tensor,
+        q: Tensor,
+        softmax_scale: float,
+        softcap: float = 0.0,
     ) -> LayerStats:
         """What the policy asks for of a layer; the others as for `add`."""
         return measure_layer(
-            layer, k, v, q, softmax_scale, self.prompt, self.config, self.backend, self.policy
+            *(layer, k, v, q, softmax_scale, self.prompt, self.config, self.backend, self.policy),
+            softcap=softcap,
         )
 
     def _allocate(

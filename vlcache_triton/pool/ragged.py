@@ -16,6 +16,7 @@ from ..kernels.types import MAX_SEQLEN_Q
 from ..ops import Backend, get_backend
 from ..recipe.plan import CompressionPlan
 from .shape import PoolShape, kind_of
+from .softcap import capped_attention
 
 ROWS_AT_ONCE = 256  # of a long turn; bounds its attention mask
 GROWTH = 128  # rows that full segments grow by, at least
@@ -148,16 +149,17 @@ class RaggedCache:
             self.seqused_k[layer],
         )
 
-    def attend(self, layer: int, q: Tensor, softmax_scale: float) -> Tensor:
+    def attend(self, layer: int, q: Tensor, softmax_scale: float, softcap: float = 0.0) -> Tensor:
         """Causal attention of the last n rows q `[num_seqs, num_heads, n, d]` over all live ones.
 
         Returns `[num_seqs, n, num_heads, d_v]`. More than 16 rows (a later turn of a dialogue) go
-        through torch's SDPA on a padded copy of this layer's segments.
+        through torch on a padded copy of this layer's segments.
         """
         num_seqs, num_heads, n, d = q.shape
         segments, group = num_seqs * self.num_kv_heads, num_heads // self.num_kv_heads
         if n > MAX_SEQLEN_Q:
-            out = self._attend_turn(layer, q.reshape(segments, group, n, d), softmax_scale)
+            rows = q.reshape(segments, group, n, d)
+            out = self._attend_turn(layer, rows, softmax_scale, softcap)
             return out.reshape(num_seqs, num_heads, n, -1).transpose(1, 2).contiguous()
         rows = q.reshape(segments, group, n, d).transpose(1, 2).reshape(segments * n, group, d)
         out = self.backend.varlen_decode(
@@ -170,6 +172,7 @@ class RaggedCache:
             self.max_seqlen_k,
             softmax_scale=softmax_scale,
             causal=True,
+            softcap=softcap,
             seqused_k=self.seqused_k[layer],
             first_key_bias=None if self.first_key_bias is None else self.first_key_bias[layer],
         )
@@ -266,7 +269,7 @@ class RaggedCache:
         self.k = self.k[rows]
         self.v = self.v[rows]
 
-    def _attend_turn(self, layer: int, q: Tensor, softmax_scale: float) -> Tensor:
+    def _attend_turn(self, layer: int, q: Tensor, softmax_scale: float, softcap: float) -> Tensor:
         """q `[num_segments, group, n, d]` -> `[num_segments, group, n, d_v]`, n of any size."""
         n = q.shape[2]
         live = self.seqused_k[layer].long()[:, None]
@@ -283,12 +286,10 @@ class RaggedCache:
             if self.first_key_bias is not None:
                 mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf)
                 mask[..., 0] += self.first_key_bias[layer, :, None]
-            part = F.scaled_dot_product_attention(
-                q[:, :, first : first + ROWS_AT_ONCE],
-                k,
-                v,
-                attn_mask=mask[:, None],
-                scale=softmax_scale,
-            )
+            part, mask = q[:, :, first : first + ROWS_AT_ONCE], mask[:, None]
+            if softcap > 0:
+                part = capped_attention(part, k, v, mask, softmax_scale, softcap)
+            else:
+                part = F.scaled_dot_product_attention(part, k, v, mask, scale=softmax_scale)
             parts.append(part)
         return torch.cat(parts, 2)

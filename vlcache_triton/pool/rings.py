@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .shape import RingShape
+from .softcap import capped_attention
 
 SPARE = 16  # slots beyond the window: so many steps at most can be taken back
 
@@ -97,11 +98,16 @@ class WindowRings:
         old_v.index_copy_(2, self._slots, v[:, :, -last:])
         return keys, values
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, softcap: float = 0.0
+    ) -> Tensor:
         """Attention of the pass's rows q `[num_seqs, num_heads, n, d]` over what `append` gave.
 
         Returns `[num_seqs, n, num_heads, d_v]`.
         """
+        if softcap > 0:
+            out = capped_attention(q, k, v, self._mask, softmax_scale, softcap)
+            return out.transpose(1, 2).contiguous()
         num_seqs, num_heads, n, d = q.shape
         num_kv_heads = k.shape[1]
         group = num_heads // num_kv_heads

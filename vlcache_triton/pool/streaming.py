@@ -64,13 +64,16 @@ class StreamingCompressor(PromptCompressor):
         self._density: list[Tensor] = []
         self._pruned: list[_Pruned] = []
 
-    def add(self, k: Tensor, v: Tensor, q: Tensor, softmax_scale: float) -> None:
+    def add(
+        self, k: Tensor, v: Tensor, q: Tensor, softmax_scale: float, softcap: float = 0.0
+    ) -> None:
         """One layer, after RoPE; arguments as for PromptCompressor."""
         if not self.compresses:
-            super().add(k, v, q, softmax_scale)
+            super().add(k, v, q, softmax_scale, softcap)
             return
         self._count(k, v)
-        stats = self.measure(self.num_added - 1, k, v, q, softmax_scale).post_vision
+        layer = self.num_added - 1
+        stats = self.measure(layer, k, v, q, softmax_scale, softcap).post_vision
         self._density.append(layer_density(stats, self.prompt).cpu())
         bounds = self._bounds()
         for layer, pruned in enumerate(self._pruned):

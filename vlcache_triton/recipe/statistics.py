@@ -42,6 +42,8 @@ def measure_layer(
     config: VLCacheConfig,
     backend: Backend,
     policy: Policy,
+    *,
+    softcap: float = 0.0,
 ) -> LayerStats:
     """All that the policy asks for of one layer, and nothing else.
 
@@ -49,6 +51,7 @@ def measure_layer(
         layer: its number among those that are compressed.
         k, v: `[num_seqs * padded_length, num_kv_heads, d]` after RoPE.
         q: `[num_seqs, num_heads, n, d]`, whose last rows are the prompts' last rows.
+        softcap: of the logits, as `post_vision_stats` has it.
 
     Raises:
         ValueError: for outside scores of another shape or with NaN, which costs them a host sync.
@@ -58,7 +61,7 @@ def measure_layer(
         rows = zip(prompt.query_rows, prompt.lengths, strict=True)
         guide_rows = tuple(min(policy.guide_rows(n, m), n) if n else 0 for n, m in rows)
         guides = dataclasses.replace(prompt, query_rows=guide_rows)
-        guide = _attention(k, q, softmax_scale, guides, backend).scores
+        guide = _attention(k, q, softmax_scale, guides, backend, softcap=softcap).scores
     post_vision = _attention(
         k,
         q,
@@ -66,6 +69,7 @@ def measure_layer(
         prompt,
         backend,
         threshold=config.threshold,
+        softcap=softcap,
         row_weights=_row_weights(guide, prompt, policy, k.device),
         row_reduction=config.row_reduction,
         group_reduction=config.group_reduction,

@@ -34,6 +34,7 @@ class _Layer(NamedTuple):
     v: Tensor
     q: Tensor
     softmax_scale: float
+    softcap: float
 
 
 class _Watched(RaggedCache):
@@ -43,9 +44,9 @@ class _Watched(RaggedCache):
         super().__init__(shape, backend)
         self.queries: list[list[Tensor]] = [[] for _ in range(shape.num_layers)]
 
-    def attend(self, layer: int, q: Tensor, softmax_scale: float) -> Tensor:
+    def attend(self, layer: int, q: Tensor, softmax_scale: float, softcap: float = 0.0) -> Tensor:
         self.queries[layer].append(q[0].transpose(0, 1))  # [n, num_heads, d]
-        return super().attend(layer, q, softmax_scale)
+        return super().attend(layer, q, softmax_scale, softcap)
 
 
 class _Recorder(PromptCompressor):
@@ -57,9 +58,11 @@ class _Recorder(PromptCompressor):
         super().__init__(prompt, *args)
         self._recorded = recorded
 
-    def add(self, k: Tensor, v: Tensor, q: Tensor, softmax_scale: float) -> None:
-        self._recorded.append(_Layer(k, v, q, softmax_scale))
-        super().add(k, v, q, softmax_scale)
+    def add(
+        self, k: Tensor, v: Tensor, q: Tensor, softmax_scale: float, softcap: float = 0.0
+    ) -> None:
+        self._recorded.append(_Layer(k, v, q, softmax_scale, softcap))
+        super().add(k, v, q, softmax_scale, softcap)
 
     def pack(
         self, head_room: int, allocate: Callable[..., RaggedCache] = RaggedCache
@@ -124,6 +127,7 @@ class Recording(VLCache):
                     len(k),
                     softmax_scale=recorded.softmax_scale,
                     threshold=threshold,
+                    softcap=recorded.softcap,
                 )
             )
         return stats
@@ -182,7 +186,7 @@ class Recording(VLCache):
                 prompt, len(self._recorded), config, backend, variant.policy
             )
             self._stats[key] = [
-                compressor.measure(layer, x.k, x.v, x.q, x.softmax_scale)
+                compressor.measure(layer, x.k, x.v, x.q, x.softmax_scale, x.softcap)
                 for layer, x in enumerate(self._recorded)
             ]
         return prompt, self._stats[key]
