@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .append_kernels import _append_kernel
@@ -15,7 +14,7 @@ from .checks import (
     expect_same_device,
     expect_shape,
 )
-from .launch import cache_arguments, padded
+from .launch import Launch, cache_constants, current, once_per_signature, padded
 
 
 def append_kv(
@@ -45,29 +44,41 @@ def append_kv(
         ValueError: an argument that does not fit the others, by name.
         NotImplementedError: a dtype that is not fp16, bf16 or fp32.
     """
-    _check(k, v, k_cache, v_cache, cu_seqlens_k, seqused_k, block_table)
-    num_seqs, n, num_kv_heads, d = k.shape
-    with torch.cuda.device_of(k):  # the model may lie on several devices
-        _append_kernel[(num_seqs,)](
-            **cache_arguments(block_table, k=k_cache, v=v_cache),
+    launch = _prepare(k, v, k_cache, v_cache, cu_seqlens_k, seqused_k, block_table)
+    with current(k.device):
+        _append_kernel[launch.grid](
             new_k_ptr=k,
             new_v_ptr=v,
+            k_ptr=k_cache,
+            v_ptr=v_cache,
             cu_seqlens_k_ptr=cu_seqlens_k,
             seqused_k_ptr=seqused_k,
-            n=n,
-            num_kv_heads=num_kv_heads,
-            stride_new_k_seq=k.stride(0),
-            stride_new_k_row=k.stride(1),
-            stride_new_k_head=k.stride(2),
-            stride_new_v_seq=v.stride(0),
-            stride_new_v_row=v.stride(1),
-            stride_new_v_head=v.stride(2),
-            HEAD_SIZE=d,
-            HEAD_SIZE_V=v.shape[-1],
-            D=padded(max(d, v.shape[-1])),
-            BLOCK=16 if n * num_kv_heads <= 16 else 32,
-            num_warps=4,
+            block_table_ptr=block_table,
+            **launch.constants,
         )
+
+
+@once_per_signature
+def _prepare(k, v, k_cache, v_cache, cu_seqlens_k, seqused_k, block_table) -> Launch:
+    _check(k, v, k_cache, v_cache, cu_seqlens_k, seqused_k, block_table)
+    num_seqs, n, num_kv_heads, d = k.shape
+    constants = {
+        **cache_constants(block_table, k=k_cache, v=v_cache),
+        "n": n,
+        "num_kv_heads": num_kv_heads,
+        "stride_new_k_seq": k.stride(0),
+        "stride_new_k_row": k.stride(1),
+        "stride_new_k_head": k.stride(2),
+        "stride_new_v_seq": v.stride(0),
+        "stride_new_v_row": v.stride(1),
+        "stride_new_v_head": v.stride(2),
+        "HEAD_SIZE": d,
+        "HEAD_SIZE_V": v.shape[-1],
+        "D": padded(max(d, v.shape[-1])),
+        "BLOCK": 16 if n * num_kv_heads <= 16 else 32,
+        "num_warps": 4,
+    }
+    return Launch((num_seqs,), constants)
 
 
 def _check(k, v, k_cache, v_cache, cu_seqlens_k, seqused_k, block_table) -> None:

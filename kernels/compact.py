@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import triton
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from .checks import (
     expect_same_device,
 )
 from .compact_kernels import _compact_in_place_kernel, _compact_kernel
-from .launch import cache_arguments
+from .launch import Launch, cache_constants, current, once_per_signature
 
 TILE_BYTES = 8192  # of K, and as many of V: 32 registers a thread, so that many programs fit
 ROWS_IN_PLACE = 256  # of a tile of columns: 16 KiB, as only so many programs can run at once
@@ -63,31 +64,71 @@ def compact_kv(
         ValueError: an argument that does not fit the others, by name.
         NotImplementedError: a dtype that is not fp16, bf16 or fp32.
     """
-    num_segments = check_selection(k, v, cu_seqlens_k, indices, cu_kept, block_table)
-    check_pool(num_segments, k, v, out_k, out_v, cu_seqlens_out, out_block_table)
-    expect_dtype("out_k", out_k, k.dtype)
-    expect_dtype("out_v", out_v, v.dtype)
-    if num_segments == 0 or max_kept <= 0:
+    launch = _prepare(
+        k,
+        v,
+        cu_seqlens_k,
+        indices,
+        cu_kept,
+        out_k,
+        out_v,
+        cu_seqlens_out,
+        block_table,
+        out_block_table,
+        max_kept=max_kept,
+    )
+    if launch.grid[0] == 0 or max_kept <= 0:
         return
-    widest = max(k.shape[-1], v.shape[-1])
-    rows = tile_rows(widest, max(k.element_size(), v.element_size()))
-    with torch.cuda.device_of(k):  # the model may lie on several devices
-        _compact_kernel[(num_segments, triton.cdiv(max_kept, rows))](
-            **source_arguments(k, v, cu_seqlens_k, indices, cu_kept, block_table),
+    with current(k.device):
+        _compact_kernel[launch.grid](
+            k_ptr=k,
+            v_ptr=v,
+            cu_seqlens_k_ptr=cu_seqlens_k,
+            indices_ptr=indices,
+            cu_kept_ptr=cu_kept,
+            block_table_ptr=block_table,
             out_k_ptr=out_k,
             out_v_ptr=out_v,
             cu_seqlens_out_ptr=cu_seqlens_out,
             out_block_table_ptr=out_block_table,
-            out_max_blocks=0 if out_block_table is None else out_block_table.shape[1],
-            stride_out_k_page=0 if out_block_table is None else out_k.stride(0),
-            stride_out_k_row=out_k.stride(-3),
-            stride_out_v_page=0 if out_block_table is None else out_v.stride(0),
-            stride_out_v_row=out_v.stride(-3),
-            OUT_PAGE_SIZE=1 if out_block_table is None else out_k.shape[1],
-            D=triton.next_power_of_2(widest),
-            ROWS=rows,
-            num_warps=4,
+            **launch.constants,
         )
+
+
+@once_per_signature
+def _prepare(
+    k,
+    v,
+    cu_seqlens_k,
+    indices,
+    cu_kept,
+    out_k,
+    out_v,
+    cu_seqlens_out,
+    block_table,
+    out_block_table,
+    *,
+    max_kept: int,
+) -> Launch:
+    num_segments = check_selection(k, v, cu_seqlens_k, indices, cu_kept, block_table)
+    check_pool(num_segments, k, v, out_k, out_v, cu_seqlens_out, out_block_table)
+    expect_dtype("out_k", out_k, k.dtype)
+    expect_dtype("out_v", out_v, v.dtype)
+    widest = max(k.shape[-1], v.shape[-1])
+    rows = tile_rows(widest, max(k.element_size(), v.element_size()))
+    constants = {
+        **source_constants(k, v, block_table),
+        "out_max_blocks": 0 if out_block_table is None else out_block_table.shape[1],
+        "stride_out_k_page": 0 if out_block_table is None else out_k.stride(0),
+        "stride_out_k_row": out_k.stride(-3),
+        "stride_out_v_page": 0 if out_block_table is None else out_v.stride(0),
+        "stride_out_v_row": out_v.stride(-3),
+        "OUT_PAGE_SIZE": 1 if out_block_table is None else out_k.shape[1],
+        "D": triton.next_power_of_2(widest),
+        "ROWS": rows,
+        "num_warps": 4,
+    }
+    return Launch((num_segments, triton.cdiv(max_kept, rows)), constants)
 
 
 def compact_kv_(
@@ -116,9 +157,15 @@ def compact_kv_(
     columns_k, columns_v = (COLUMN_BYTES // x.element_size() for x in (k, v))
     slices_k = triton.cdiv(k.shape[-1], columns_k)
     slices_v = triton.cdiv(v.shape[-1], columns_v)
-    with torch.cuda.device_of(k):  # the model may lie on several devices
+    with current(k.device):
         _compact_in_place_kernel[(num_segments, slices_k + slices_v)](
-            **source_arguments(k, v, cu_seqlens_k, indices, cu_kept, block_table),
+            k_ptr=k,
+            v_ptr=v,
+            cu_seqlens_k_ptr=cu_seqlens_k,
+            indices_ptr=indices,
+            cu_kept_ptr=cu_kept,
+            block_table_ptr=block_table,
+            **source_constants(k, v, block_table),
             COLUMNS_K=columns_k,
             COLUMNS_V=columns_v,
             ROWS=ROWS_IN_PLACE,
@@ -126,13 +173,10 @@ def compact_kv_(
         )
 
 
-def source_arguments(k, v, cu_seqlens_k, indices, cu_kept, block_table) -> dict[str, object]:
-    """What every kernel that reads rows by a selection is launched with."""
+def source_constants(k, v, block_table) -> dict[str, Any]:
+    """What every kernel that reads rows by a selection is launched with, beside the tensors."""
     return {
-        **cache_arguments(block_table, k=k, v=v),
-        "cu_seqlens_k_ptr": cu_seqlens_k,
-        "indices_ptr": indices,
-        "cu_kept_ptr": cu_kept,
+        **cache_constants(block_table, k=k, v=v),
         "num_kv_heads": k.shape[-2],
         "HEAD_SIZE": k.shape[-1],
         "HEAD_SIZE_V": v.shape[-1],

@@ -8,7 +8,7 @@ be captured in a CUDA graph and replayed while the lengths change.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -25,7 +25,14 @@ from .checks import (
     expect_shape,
 )
 from .decode_kernels import _combine_splits_kernel, _split_kernel
-from .launch import cache_arguments, num_multiprocessors, padded
+from .launch import (
+    Launch,
+    cache_constants,
+    current,
+    num_multiprocessors,
+    once_per_signature,
+    padded,
+)
 from .types import MAX_SEQLEN_Q
 
 __all__ = [
@@ -151,99 +158,153 @@ def varlen_decode(
         ValueError: an argument that does not fit the others, by name.
         NotImplementedError: a dtype, head size or query length that is not supported.
     """
+    launch = _prepare(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_k,
+        block_table,
+        first_key_bias,
+        out,
+        workspace,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=tuple(window_size),
+        softcap=softcap,
+        multiprocessors=num_multiprocessors(q.device),
+    )
+    total_q, num_heads = q.shape[:2]
+    out = q.new_empty(total_q, num_heads, v.shape[-1]) if out is None else out
+    lse = q.new_empty(num_heads, total_q, dtype=torch.float32) if return_softmax_lse else None
+    to, to_lse = out, lse
+    if launch.combination is not None:
+        if workspace is None:
+            workspace = q.new_empty(launch.workspace_size, dtype=torch.float32)
+        to, to_lse = workspace, workspace[launch.workspace_rows * v.shape[-1] :]
+    with current(q.device):
+        _split_kernel[launch.splits.grid](
+            q_ptr=q,
+            k_ptr=k,
+            v_ptr=v,
+            cu_seqlens_q_ptr=cu_seqlens_q,
+            cu_seqlens_k_ptr=cu_seqlens_k,
+            seqused_k_ptr=seqused_k,
+            block_table_ptr=block_table,
+            first_key_bias_ptr=first_key_bias,
+            out_ptr=to,
+            lse_ptr=to_lse,
+            **launch.splits.constants,
+        )
+        if launch.combination is not None:
+            _combine_splits_kernel[launch.combination.grid](
+                partial_out_ptr=to,
+                partial_lse_ptr=to_lse,
+                cu_seqlens_q_ptr=cu_seqlens_q,
+                cu_seqlens_k_ptr=cu_seqlens_k,
+                seqused_k_ptr=seqused_k,
+                out_ptr=out,
+                lse_ptr=lse,
+                **launch.combination.constants,
+            )
+    return (out, lse) if lse is not None else out
+
+
+class _Prepared(NamedTuple):
+    """Launches of a signature: attention of the splits, and their combination where several."""
+
+    splits: Launch
+    combination: Launch | None
+    workspace_rows: int  # of partial results
+    workspace_size: int
+
+
+@once_per_signature
+def _prepare(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    seqused_k,
+    block_table,
+    first_key_bias,
+    out,
+    workspace,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    multiprocessors: int,
+) -> _Prepared:
     num_seqs = cu_seqlens_q.numel() - 1
     _check(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, window_size, seqused_k, block_table, out
     )
-    _check_bias(first_key_bias, q, num_seqs * k.shape[-2], window_size)
-    plan = _launch_for(q, v, num_seqs, max_seqlen_q, max_seqlen_k)
-    workspace = _workspace(plan, q, v, workspace)
+    num_kv_heads, d_v = v.shape[-2:]
+    _check_bias(first_key_bias, q, num_seqs * num_kv_heads, window_size)
+    plan = _launch_for(q, v, num_seqs, max_seqlen_q, max_seqlen_k, multiprocessors)
+    needed = _workspace_size(plan, q, v)
+    _check_workspace(workspace, q, needed)
     total_q, num_heads, d = q.shape
-    out = q.new_empty(total_q, num_heads, v.shape[-1]) if out is None else out
-    lse = None
-    if return_softmax_lse:
-        lse = torch.empty(num_heads, total_q, dtype=torch.float32, device=q.device)
     max_keys = max_seqlen_k
     if block_table is not None:
         max_keys = min(max_keys, block_table.shape[1] * k.shape[1])
     scale = (d**-0.5 if softmax_scale is None else softmax_scale) * math.log2(math.e)
     left, right = window_size[0], 0 if causal else window_size[1]
-    shared: dict[str, Any] = {  # by both kernels
-        "cu_seqlens_q_ptr": cu_seqlens_q,
-        "cu_seqlens_k_ptr": cu_seqlens_k,
-        "seqused_k_ptr": seqused_k,
+    shared = {  # by both kernels
         "max_keys": max_keys,
         "num_rows": total_q * num_heads,
         "split_size": plan.split_size,
-        "stride_out_row": out.stride(0),
-        "stride_out_head": out.stride(1),
-        "HEAD_SIZE_V": v.shape[-1],
-        "D_V": padded(v.shape[-1]),
+        "stride_out_row": num_heads * d_v if out is None else out.stride(0),
+        "stride_out_head": d_v if out is None else out.stride(1),
+        "HEAD_SIZE_V": d_v,
+        "D_V": padded(d_v),
     }
-    split = {
+    splits = {
         **shared,
-        **cache_arguments(block_table, k=k, v=v),
-        "q_ptr": q,
-        "first_key_bias_ptr": first_key_bias,
+        **cache_constants(block_table, k=k, v=v),
         "scale_log2": scale * (2.0 / softcap if softcap > 0 else 1.0),
         "softcap_log2": softcap * math.log2(math.e),
         "window_left": left,
         "window_right": right,
-        "num_kv_heads": k.shape[-2],
+        "num_kv_heads": num_kv_heads,
+        "num_row_blocks": plan.num_row_blocks,
         "stride_q_row": q.stride(0),
         "stride_q_head": q.stride(1),
         "HEAD_SIZE": d,
         "D": padded(d),
-        "GROUP": num_heads // k.shape[-2],
+        "GROUP": num_heads // num_kv_heads,
         "BOUND_LEFT": left >= 0,
         "BOUND_RIGHT": right >= 0,
         "SOFTCAP": softcap > 0,
+        "DIRECT": plan.num_splits == 1,
+        "BLOCK_M": plan.BLOCK_M,
+        "BLOCK_N": plan.BLOCK_N,
+        "num_warps": plan.num_warps,
+        "num_stages": plan.num_stages,
+        "maxnreg": plan.maxnreg,
     }
-    with torch.cuda.device_of(q):  # the model may lie on several devices
-        _launch(plan, split, shared, out, lse, workspace, num_seqs, max_seqlen_q)
-    return (out, lse) if lse is not None else out
-
-
-def _launch(
-    plan: DecodeLaunch,
-    split: dict[str, Any],
-    shared: dict[str, Any],
-    out: Tensor,
-    lse: Tensor | None,
-    workspace: Tensor | None,
-    num_seqs: int,
-    max_seqlen_q: int,
-) -> None:
-    """Attention of the splits, and their combination where there are several."""
-    num_heads, d_v = out.shape[1:]
-    to, to_lse = out, lse
-    if workspace is not None:
-        to, to_lse = workspace, workspace[plan.num_splits * out.shape[0] * num_heads * d_v :]
-    num_kv_heads = split["num_kv_heads"]
-    _split_kernel[(num_seqs * plan.num_row_blocks * num_kv_heads, plan.num_splits)](
-        **split,
-        out_ptr=to,
-        lse_ptr=to_lse,
-        num_row_blocks=plan.num_row_blocks,
-        DIRECT=workspace is None,
-        BLOCK_M=plan.BLOCK_M,
-        BLOCK_N=plan.BLOCK_N,
-        num_warps=plan.num_warps,
-        num_stages=plan.num_stages,
-        maxnreg=plan.maxnreg,
+    combination = {
+        **shared,
+        "num_heads": num_heads,
+        "PAGED": block_table is not None,
+        "BLOCK_S": 32,
+        "num_warps": 4,
+    }
+    grid = (num_seqs * plan.num_row_blocks * num_kv_heads, plan.num_splits)
+    return _Prepared(
+        Launch(grid, splits),
+        Launch((num_seqs * num_heads, max_seqlen_q), combination) if plan.num_splits > 1 else None,
+        plan.num_splits * total_q * num_heads,
+        needed,
     )
-    if workspace is not None:
-        _combine_splits_kernel[(num_seqs * num_heads, max_seqlen_q)](
-            **shared,
-            partial_out_ptr=to,
-            partial_lse_ptr=to_lse,
-            out_ptr=out,
-            lse_ptr=lse,
-            num_heads=num_heads,
-            PAGED=split["block_table_ptr"] is not None,
-            BLOCK_S=32,
-            num_warps=4,
-        )
 
 
 def decode_workspace(
@@ -253,7 +314,8 @@ def decode_workspace(
 
     Only the shapes, dtype and device of q and v (as varlen_decode takes them) matter.
     """
-    launch = _launch_for(q, v, num_seqs, max_seqlen_q, max_seqlen_k)
+    multiprocessors = num_multiprocessors(q.device)
+    launch = _launch_for(q, v, num_seqs, max_seqlen_q, max_seqlen_k, multiprocessors)
     return torch.empty(_workspace_size(launch, q, v), dtype=torch.float32, device=q.device)
 
 
@@ -265,7 +327,12 @@ def _workspace_size(launch: DecodeLaunch, q: Tensor, v: Tensor) -> int:
 
 
 def _launch_for(
-    q: Tensor, v: Tensor, num_seqs: int, max_seqlen_q: int, max_seqlen_k: int
+    q: Tensor,
+    v: Tensor,
+    num_seqs: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    multiprocessors: int,
 ) -> DecodeLaunch:
     num_kv_heads, d_v = v.shape[-2:]
     return decode_launch(
@@ -276,22 +343,19 @@ def _launch_for(
         num_seqs,
         max_seqlen_q,
         max_seqlen_k,
-        num_multiprocessors(q.device),
+        multiprocessors,
     )
 
 
-def _workspace(plan: DecodeLaunch, q: Tensor, v: Tensor, given: Tensor | None) -> Tensor | None:
-    """Memory for partial results, the caller's where given and fit; None without splits."""
-    needed = _workspace_size(plan, q, v)
-    if given is not None:
-        expect_same_device(q=q, workspace=given)
-        expect_dtype("workspace", given, torch.float32)
-        got = f"shape {tuple(given.shape)}, strides {given.stride()}"
-        fits = given.dim() == 1 and given.is_contiguous() and given.numel() >= needed
+def _check_workspace(workspace: Tensor | None, q: Tensor, needed: int) -> None:
+    """Memory for partial results, where the caller gives it."""
+    if workspace is not None:
+        expect_same_device(q=q, workspace=workspace)
+        expect_dtype("workspace", workspace, torch.float32)
+        got = f"shape {tuple(workspace.shape)}, strides {workspace.stride()}"
+        one_run = workspace.dim() == 1 and workspace.is_contiguous()
+        fits = one_run and workspace.numel() >= needed
         expect(fits, "workspace", got, f"one contiguous dimension of {needed} at least")
-    if plan.num_splits == 1:
-        return None
-    return torch.empty(needed, dtype=torch.float32, device=q.device) if given is None else given
 
 
 def _check_bias(bias: Tensor | None, q: Tensor, size: int, window_size) -> None:

@@ -1,10 +1,68 @@
-"""What host functions share when they launch: the tile of a head, the device, a cache's strides."""
+"""What host functions share when they launch: what a signature decides, the device, strides.
+
+A call costs the host little more than Triton's own launch: all that dtypes, shapes, strides and
+devices decide (checks, grids, strides, block sizes) is found out once for each signature.
+"""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
 from torch import Tensor
+
+from . import checks
+
+T = TypeVar("T")
+MAX_SIGNATURES = 1024  # remembered of each operation: prompts come in many lengths
+NOTHING_TO_DO = nullcontext()
+
+
+class Launch(NamedTuple):
+    """What a signature decides of a launch: the grid, and every argument that is no tensor."""
+
+    grid: tuple[int, ...]
+    constants: dict[str, Any]
+
+
+def once_per_signature(prepare: Callable[..., T]) -> Callable[..., T]:
+    """Remember what `prepare` returns; what it raises is raised anew.
+
+    It takes tensors (or None) by position and may look at their dtype, shape, strides and device
+    alone; by keyword, values to remember it by.
+    """
+    known: dict[tuple, T] = {}
+
+    @functools.wraps(prepare)
+    def prepared(*tensors: Tensor | None, **values: Any) -> T:
+        first = tensors[0]
+        assert first is not None
+        key = (
+            # Whether the CPU will do may change.
+            first.is_cuda or checks.interpreted(),
+            *[x if x is None else (x.dtype, x.shape, x.stride(), x.device) for x in tensors],
+            *values.values(),
+        )
+        found = known.get(key)
+        if found is None:
+            found = prepare(*tensors, **values)
+            if len(known) >= MAX_SIGNATURES:
+                known.clear()
+            known[key] = found
+        return found
+
+    return prepared
+
+
+def current(device: torch.device) -> AbstractContextManager:
+    """A context where `device` is the current one, as the model may lie on several."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return NOTHING_TO_DO
+    return torch.cuda.device(device)
 
 
 def padded(head_size: int) -> int:
@@ -12,6 +70,7 @@ def padded(head_size: int) -> int:
     return max(16, triton.next_power_of_2(head_size))
 
 
+@functools.cache
 def num_multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of the device; 4 stands in for the interpreter."""
     if device.type != "cuda":
@@ -19,18 +78,17 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def cache_arguments(block_table: Tensor | None, **caches: Tensor) -> dict[str, object]:
-    """Packed or paged rows by their names ("k", "v"), as kernels/addressing.py wants them."""
+def cache_constants(block_table: Tensor | None, **caches: Tensor) -> dict[str, Any]:
+    """Of packed or paged rows by their names ("k", "v"), what kernels/addressing.py wants beside
+    the tensors."""
     paged = block_table is not None
     first = next(iter(caches.values()))
-    arguments: dict[str, object] = {
-        "block_table_ptr": block_table,
+    constants: dict[str, Any] = {
         "max_blocks": 0 if block_table is None else block_table.shape[1],
         "PAGE_SIZE": first.shape[1] if paged else 1,
     }
     for name, x in caches.items():
-        arguments[f"{name}_ptr"] = x
-        arguments[f"stride_{name}_page"] = x.stride(0) if paged else 0
-        arguments[f"stride_{name}_row"] = x.stride(-3)
-        arguments[f"stride_{name}_head"] = x.stride(-2)
-    return arguments
+        constants[f"stride_{name}_page"] = x.stride(0) if paged else 0
+        constants[f"stride_{name}_row"] = x.stride(-3)
+        constants[f"stride_{name}_head"] = x.stride(-2)
+    return constants

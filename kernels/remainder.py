@@ -13,8 +13,8 @@ import triton
 from torch import Tensor
 
 from .checks import expect, expect_array, expect_per_sequence, expect_same_device
-from .compact import check_pool, check_selection, source_arguments
-from .launch import padded
+from .compact import check_pool, check_selection, source_constants
+from .launch import current, padded
 from .remainder_kernels import _store_means_kernel, _sum_evicted_kernel
 
 CHUNK = 256  # rows that one program adds up, so that one long prompt fills the GPU
@@ -73,9 +73,15 @@ def sum_evicted(
     if num_segments == 0:
         return sum_k, sum_v
     d = padded(max(k.shape[-1], v.shape[-1]))
-    with torch.cuda.device_of(k):  # the model may lie on several devices
+    with current(k.device):
         _sum_evicted_kernel[(num_segments, chunks)](
-            **source_arguments(k, v, cu_seqlens_k, indices, cu_kept, block_table),
+            k_ptr=k,
+            v_ptr=v,
+            cu_seqlens_k_ptr=cu_seqlens_k,
+            indices_ptr=indices,
+            cu_kept_ptr=cu_kept,
+            block_table_ptr=block_table,
+            **source_constants(k, v, block_table),
             seqused_k_ptr=seqused_k,
             sum_k_ptr=sum_k,
             sum_v_ptr=sum_v,
@@ -123,7 +129,7 @@ def store_means(
     if num_segments == 0:
         return
     widest = padded(max(d, d_v))
-    with torch.cuda.device_of(out_k):
+    with current(out_k.device):
         _store_means_kernel[(num_segments,)](
             sum_k_ptr=sum_k,
             sum_v_ptr=sum_v,

@@ -23,11 +23,19 @@ import triton
 from torch import Tensor
 
 from .checks import expect, expect_array, expect_per_sequence, expect_queries, expect_same_device
-from .launch import cache_arguments, num_multiprocessors, padded
+from .launch import (
+    Launch,
+    cache_constants,
+    current,
+    num_multiprocessors,
+    once_per_signature,
+    padded,
+)
 from .score_kernels import _column_kernel, _row_kernel, _row_stats_kernel
 from .types import PostVisionStats
 
 MAX_SPLITS = 128  # _row_stats_kernel holds all splits of a row at once
+ROWS_COMBINED = 32  # by one of its programs
 
 
 class RowPass(NamedTuple):
@@ -156,6 +164,86 @@ def post_vision_stats(
         ValueError: an argument that does not fit the others, by name.
         NotImplementedError: a dtype that is not fp16, bf16 or fp32, or a head size above 256.
     """
+    launch = _prepare(
+        q,
+        k,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_k,
+        block_table,
+        row_weights,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        softmax_scale=softmax_scale,
+        threshold=threshold,
+        softcap=softcap,
+        row_reduction=row_reduction,
+        group_reduction=group_reduction,
+        multiprocessors=num_multiprocessors(q.device),
+    )
+    num_seqs, num_heads = cu_seqlens_q.shape[0] - 1, q.shape[1]
+    scores = q.new_zeros(launch.scores_shape, dtype=torch.float32)
+    retained = q.new_empty(num_seqs, num_heads, dtype=torch.int64)
+    visible = q.new_empty(num_seqs, dtype=torch.int64)
+    # Maximum and sum of each split; then bound and log-sum-exp of each row.
+    partials = q.new_empty(launch.partials_shape, dtype=torch.float32)
+    row_stats = q.new_empty(launch.row_stats_shape, dtype=torch.float32)
+    shared = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "cu_seqlens_q_ptr": cu_seqlens_q,
+        "cu_seqlens_k_ptr": cu_seqlens_k,
+        "seqused_k_ptr": seqused_k,
+        "block_table_ptr": block_table,
+        "retained_ptr": retained,
+    }
+    with current(q.device):
+        _row_kernel[launch.rows.grid](
+            visible_ptr=visible, partials_ptr=partials, **shared, **launch.rows.constants
+        )
+        _row_stats_kernel[launch.row_stats.grid](
+            partials_ptr=partials, row_stats_ptr=row_stats, **launch.row_stats.constants
+        )
+        _column_kernel[launch.columns.grid](
+            row_stats_ptr=row_stats,
+            row_weights_ptr=row_weights,
+            scores_ptr=scores,
+            **shared,
+            **launch.columns.constants,
+        )
+    return PostVisionStats(scores, retained, visible)
+
+
+class _Prepared(NamedTuple):
+    """Launches of a signature, and the shapes of what they write."""
+
+    rows: Launch
+    row_stats: Launch
+    columns: Launch
+    scores_shape: tuple[int, ...]
+    partials_shape: tuple[int, ...]
+    row_stats_shape: tuple[int, ...]
+
+
+@once_per_signature
+def _prepare(
+    q,
+    k,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    seqused_k,
+    block_table,
+    row_weights,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None,
+    threshold: float,
+    softcap: float,
+    row_reduction: str,
+    group_reduction: str,
+    multiprocessors: int,
+) -> _Prepared:
     _check(q, k, cu_seqlens_q, cu_seqlens_k, softmax_scale, threshold, seqused_k, block_table)
     _check_reductions(q, row_weights, row_reduction, group_reduction)
     total_q, num_heads, d = q.shape
@@ -165,6 +253,7 @@ def post_vision_stats(
     scale = d**-0.5 if softmax_scale is None else softmax_scale
     # What the rows' maxima are multiplied with; with a cap they are of tanh(logits / softcap).
     factor = softcap if softcap > 0 else scale
+    scale_log2 = factor * math.log2(math.e)
     rows = row_pass_launch(
         d,
         q.element_size(),
@@ -173,22 +262,15 @@ def post_vision_stats(
         total_q,
         max_seqlen_q,
         max_seqlen_k,
-        num_multiprocessors(q.device),
+        multiprocessors,
     )
     columns = column_pass_launch(d, q.element_size(), group)
-
     total_k = k.shape[0] if block_table is None else num_seqs * max_seqlen_k
-    scores = torch.zeros(num_kv_heads, total_k, dtype=torch.float32, device=q.device)
-    retained = torch.empty(num_seqs, num_heads, dtype=torch.int64, device=q.device)
-    visible = torch.empty(num_seqs, dtype=torch.int64, device=q.device)
+    group_padded = triton.next_power_of_2(group)
+    num_rows = num_kv_heads * total_q * group_padded
     shared = {
-        **cache_arguments(block_table, k=k),
-        "q_ptr": q,
-        "cu_seqlens_q_ptr": cu_seqlens_q,
-        "cu_seqlens_k_ptr": cu_seqlens_k,
-        "seqused_k_ptr": seqused_k,
-        "retained_ptr": retained,
-        "scale_log2": factor * math.log2(math.e),
+        **cache_constants(block_table, k=k),
+        "scale_log2": scale_log2,
         "tanh_log2": 2.0 * scale / softcap * math.log2(math.e) if softcap > 0 else None,
         "total_q": total_q,
         "stride_q_row": q.stride(0),
@@ -196,50 +278,36 @@ def post_vision_stats(
         "HEAD_SIZE": d,
         "D": padded(d),
         "GROUP": group,
-        "GROUP_PADDED": triton.next_power_of_2(group),
+        "GROUP_PADDED": group_padded,
     }
-    margin = math.log(threshold) / factor
-    with torch.cuda.device_of(q):  # the model may lie on several devices
-        row_stats = _row_pass(rows, shared, visible, margin)
-        _column_kernel[(triton.cdiv(max_seqlen_k, columns.BLOCK_N), num_kv_heads, num_seqs)](
-            **shared,
-            row_stats_ptr=row_stats,
-            row_weights_ptr=row_weights,
-            scores_ptr=scores,
-            total_k=total_k,
-            ROW_MAX=row_reduction == "max",
-            GROUP_MAX=group_reduction == "max",
-            **columns._asdict(),
-        )
-    return PostVisionStats(scores, retained, visible)
-
-
-def _row_pass(plan: RowPass, shared: dict, visible: Tensor, margin: float) -> Tensor:
-    """`[2, num_rows]` fp32: the least logit of each row that passes, and its log2-sum-exp2."""
-    num_seqs, num_heads = shared["retained_ptr"].shape
-    num_kv_heads = num_heads // shared["GROUP"]
-    num_rows = num_kv_heads * shared["total_q"] * shared["GROUP_PADDED"]
-    # Maximum and sum of each split; then bound and log-sum-exp of each row.
-    partials = torch.empty(2, plan.num_splits, num_rows, dtype=torch.float32, device=visible.device)
-    row_stats = torch.empty(2, num_rows, dtype=torch.float32, device=visible.device)
-    _row_kernel[(plan.num_row_blocks * plan.num_splits, num_kv_heads, num_seqs)](
-        **shared, **plan._asdict(), visible_ptr=visible, partials_ptr=partials
+    row_stats = {
+        "scale_log2": scale_log2,
+        "margin": math.log(threshold) / factor,  # in units of the maxima
+        "num_rows": num_rows,
+        "num_splits": rows.num_splits,
+        "MAX_SPLITS": MAX_SPLITS,
+        "GROUP": group,
+        "GROUP_PADDED": group_padded,
+        "BLOCK": ROWS_COMBINED,
+        "num_warps": 4,
+    }
+    column_pass = {
+        **shared,
+        "total_k": total_k,
+        "ROW_MAX": row_reduction == "max",
+        "GROUP_MAX": group_reduction == "max",
+        **columns._asdict(),
+    }
+    row_grid = (rows.num_row_blocks * rows.num_splits, num_kv_heads, num_seqs)
+    column_grid = (triton.cdiv(max_seqlen_k, columns.BLOCK_N), num_kv_heads, num_seqs)
+    return _Prepared(
+        Launch(row_grid, {**shared, **rows._asdict()}),
+        Launch((triton.cdiv(num_rows, ROWS_COMBINED),), row_stats),
+        Launch(column_grid, column_pass),
+        (num_kv_heads, total_k),
+        (2, rows.num_splits, num_rows),
+        (2, num_rows),
     )
-    block = 32
-    _row_stats_kernel[(triton.cdiv(num_rows, block),)](
-        partials_ptr=partials,
-        row_stats_ptr=row_stats,
-        scale_log2=shared["scale_log2"],
-        margin=margin,
-        num_rows=num_rows,
-        num_splits=plan.num_splits,
-        MAX_SPLITS=MAX_SPLITS,
-        GROUP=shared["GROUP"],
-        GROUP_PADDED=shared["GROUP_PADDED"],
-        BLOCK=block,
-        num_warps=4,
-    )
-    return row_stats
 
 
 def _check(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .checks import expect, expect_array, expect_per_sequence, expect_same_device
+from .launch import Launch, current, once_per_signature
 from .select_kernels import _select_kernel
 from .types import Selection
 
@@ -60,6 +61,27 @@ def select_tokens(
     Raises:
         ValueError: an argument that does not fit the others, by name.
     """
+    total_kept = scores.numel() if total_kept is None else total_kept
+    launch = _prepare(
+        scores, cu_seqlens, keep, recent, max_seqlen=max_seqlen, total_kept=total_kept
+    )
+    indices = torch.empty(total_kept, dtype=torch.int32, device=scores.device)
+    cu_kept = torch.empty(launch.grid[0], dtype=torch.int32, device=scores.device)
+    with current(scores.device):
+        _select_kernel[launch.grid](
+            scores_ptr=scores,
+            cu_seqlens_ptr=cu_seqlens,
+            keep_ptr=keep,
+            recent_ptr=recent,
+            indices_ptr=indices,
+            cu_kept_ptr=cu_kept,
+            **launch.constants,
+        )
+    return Selection(indices, cu_kept)
+
+
+@once_per_signature
+def _prepare(scores, cu_seqlens, keep, recent, *, max_seqlen: int, total_kept: int) -> Launch:
     expect_same_device(scores=scores, cu_seqlens=cu_seqlens, keep=keep, recent=recent)
     shape = tuple(scores.shape)
     expect(scores.dim() >= 2, "scores", f"shape {shape}", "[..., num_kv_heads, total_k]")
@@ -69,28 +91,14 @@ def select_tokens(
     expect_per_sequence(num_seqs, cu_seqlens=cu_seqlens)
     for name, x in (("keep", keep), ("recent", recent)):
         expect_array(name, x, (*leading, num_seqs))
-    total_kept = scores.numel() if total_kept is None else total_kept
     expect(0 <= total_kept < 2**31, "total_kept", total_kept, "0 to 2**31 - 1, for int32 cu_kept")
-
     num_segments = keep.numel() * num_kv_heads
-    indices = torch.empty(total_kept, dtype=torch.int32, device=scores.device)
-    cu_kept = torch.empty(num_segments + 1, dtype=torch.int32, device=scores.device)
-    launch = select_launch(max_seqlen)
-    with torch.cuda.device_of(scores):  # the model may lie on several devices
-        # One program more than segments: it writes the total.
-        _select_kernel[(num_segments + 1,)](
-            scores_ptr=scores,
-            cu_seqlens_ptr=cu_seqlens,
-            keep_ptr=keep,
-            recent_ptr=recent,
-            indices_ptr=indices,
-            cu_kept_ptr=cu_kept,
-            num_segments=num_segments,
-            num_seqs=num_seqs,
-            num_kv_heads=num_kv_heads,
-            total_k=total_k,
-            total_kept=total_kept,
-            BLOCK=launch.BLOCK,
-            num_warps=launch.num_warps,
-        )
-    return Selection(indices, cu_kept)
+    constants = {
+        "num_segments": num_segments,
+        "num_seqs": num_seqs,
+        "num_kv_heads": num_kv_heads,
+        "total_k": total_k,
+        "total_kept": total_kept,
+        **select_launch(max_seqlen)._asdict(),
+    }
+    return Launch((num_segments + 1,), constants)  # one program more: it writes the total

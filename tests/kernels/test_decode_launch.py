@@ -132,7 +132,7 @@ def test_nothing_to_do_is_a_launch_too() -> None:
 
 def test_workspace_holds_a_row_and_its_lse_a_split(device: torch.device) -> None:
     batch = random_varlen([3, 1], [2000, 63], d=80, d_v=48, device=device)
-    x = decode._launch_for(batch.q, batch.v, 2, 3, 2000)
+    x = decode._launch_for(batch.q, batch.v, 2, 3, 2000, decode.num_multiprocessors(device))
     workspace = decode_workspace(batch.q, batch.v, 2, 3, 2000)
     assert workspace.numel() == x.num_splits * 4 * 4 * 49
     assert x.num_splits > 1

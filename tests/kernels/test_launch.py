@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from vlcache_triton.kernels.launch import padded
+from vlcache_triton.kernels.launch import MAX_SIGNATURES, once_per_signature, padded
 from vlcache_triton.kernels.score import MAX_SPLITS, RowPass, column_pass_launch, row_pass_launch
 from vlcache_triton.kernels.select import select_launch
 
@@ -91,3 +92,39 @@ def test_select_has_two_launches() -> None:
     for n in LENGTHS:
         launch = select_launch(n)
         assert launch.BLOCK % (32 * launch.num_warps) == 0
+
+
+def test_what_a_signature_decides_is_found_out_once() -> None:
+    calls: list[tuple] = []
+
+    @once_per_signature
+    def prepare(x: torch.Tensor, y: torch.Tensor | None, *, n: int) -> int:
+        calls.append((x.shape, n))
+        if n < 0:
+            raise ValueError("n")
+        return len(calls)
+
+    x, y = torch.zeros(2, 3), torch.zeros(4)
+    assert [prepare(x, y, n=1), prepare(x + 1, y.clone(), n=1)] == [1, 1]
+    others = [(x.double(), y, 1), (x.t(), y, 1), (x[:1], y, 1), (x, None, 1), (x, y[::2], 1)]
+    others += [(x, y, 2), (x, y.to("meta"), 1)]
+    for a, b, n in others:
+        found = len(calls)
+        assert prepare(a, b, n=n) == prepare(a, b, n=n) == found + 1
+    for _ in range(2):  # an error is never remembered
+        found = len(calls)
+        with pytest.raises(ValueError, match="n"):
+            prepare(x, y, n=-1)
+        assert len(calls) == found + 1
+
+
+def test_signatures_are_forgotten_before_they_fill_the_memory() -> None:
+    prepare = once_per_signature(lambda x, *, n: [n])
+    x = torch.zeros(1)
+    first = prepare(x, n=0)
+    for n in range(MAX_SIGNATURES - 1):
+        prepare(x, n=n)
+    assert prepare(x, n=0) is first
+    prepare(x, n=MAX_SIGNATURES)
+    prepare(x, n=MAX_SIGNATURES + 1)
+    assert prepare(x, n=0) is not first
