@@ -3,6 +3,9 @@
     python benchmarks/host_time.py [benchmarks/results]             # writes host_time.json there
     python benchmarks/host_time.py --against COMMIT [FOLDER]        # that commit too, in turn
 
+`pack` is what follows the last layer of a prompt: budgets, selection, and the compaction of 32
+layers into a cache; beside launches and checks it has small operations of torch.
+
 No GPU is used: Triton's launcher runs as far as the driver, with a stub for what it would launch.
 The bare launch is that alone, with the arguments of the call; the rest are checks, the choice of a
 launch, and memory. Tensors lie in the CPU's memory, so allocations cost what they cost there. The
@@ -68,7 +71,11 @@ def nothing_compiled(self: JITFunction, key: Any, *args: Any) -> Stub:
 
 def make_calls() -> dict[str, Callable[[], object]]:
     """One call of each kernel; lengths on the device, memory made by the call as adapters do."""
-    from vlcache_triton.kernels import append, compact, decode, score, select
+    from vlcache_triton import VLCacheConfig, ops
+    from vlcache_triton.kernels import append, compact, decode, operators, score, select
+    from vlcache_triton.kernels.types import PostVisionStats
+    from vlcache_triton.pool.compress import PromptCompressor
+    from vlcache_triton.recipe.prompt import Prompt
 
     def ints(*values: int) -> Tensor:
         return torch.tensor(values, dtype=torch.int32)
@@ -86,7 +93,18 @@ def make_calls() -> dict[str, Callable[[], object]]:
     scores = torch.rand(32, HEADS, LENGTH)
     keep = torch.full((32, 1), LENGTH // 10, dtype=torch.int32)
     kept = ints(*range(segments * (LENGTH // 10))), torch.arange(segments + 1).int()
+    counts = [torch.full((1, n), LENGTH) for n in (HEADS * GROUP, 1)]
+    stats = [PostVisionStats(x, counts[0], 9 * counts[1][0]) for x in scores]
+    prompt, config = Prompt(LENGTH, (0,), (50,)), VLCacheConfig(budget=0.1)
+    backend = ops._backend("triton", operators)
+
+    def pack() -> object:
+        compressor = PromptCompressor(prompt, len(scores), config, backend)
+        compressor._stats, compressor._rows = list(stats), [(k, v)] * len(scores)
+        return compressor.pack(64)
+
     return {
+        "pack": pack,
         "varlen_decode": lambda: decode.varlen_decode(
             *(q, pool_k, pool_v, one_row, starts, 1, LENGTH), causal=True, seqused_k=used
         ),
@@ -106,12 +124,14 @@ def make_calls() -> dict[str, Callable[[], object]]:
 def microseconds(call: Callable[[], object]) -> float:
     """The median of some repeats, each the mean of many calls."""
     times = []
-    for _ in range(REPEATS):
+    calls = 10  # and then as many as take some milliseconds
+    for _ in range(REPEATS + 1):
         start = time.process_time()
-        for _ in range(CALLS):
+        for _ in range(calls):
             call()
-        times.append((time.process_time() - start) / CALLS * 1e6)
-    return statistics.median(times)
+        times.append((time.process_time() - start) / calls * 1e6)
+        calls = max(min(CALLS, int(20e3 / times[-1])), 10)
+    return statistics.median(times[1:])
 
 
 def recorded(call: Callable[[], object]) -> list[tuple[JITFunction, tuple, dict]]:

@@ -24,6 +24,13 @@ def expect_dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:
     expect(x.dtype == dtype, name, f"dtype {x.dtype}", f"{dtype}")
 
 
+def expect_like(name: str, x: Tensor, like: Tensor) -> None:
+    """Of one shape, dtype and device."""
+    if x.shape != like.shape or x.dtype != like.dtype or x.device != like.device:
+        got, due = (f"{tuple(y.shape)} {y.dtype} on {y.device}" for y in (x, like))
+        expect(False, name, got, due)
+
+
 def expect_array(
     name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.int32
 ) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 
@@ -11,12 +13,14 @@ from .checks import (
     expect,
     expect_array,
     expect_dtype,
+    expect_like,
     expect_per_sequence,
     expect_rows,
     expect_same_device,
+    interpreted,
 )
 from .compact_kernels import _compact_in_place_kernel, _compact_kernel
-from .launch import Launch, cache_constants, current, once_per_signature
+from .launch import Launch, cache_constants, current, once_per_signature, to_device
 
 TILE_BYTES = 8192  # of K, and as many of V: 32 registers a thread, so that many programs fit
 ROWS_IN_PLACE = 256  # of a tile of columns: 16 KiB, as only so many programs can run at once
@@ -83,6 +87,7 @@ def compact_kv(
         _compact_kernel[launch.grid](
             k_ptr=k,
             v_ptr=v,
+            layers_ptr=None,
             cu_seqlens_k_ptr=cu_seqlens_k,
             indices_ptr=indices,
             cu_kept_ptr=cu_kept,
@@ -118,6 +123,7 @@ def _prepare(
     rows = tile_rows(widest, max(k.element_size(), v.element_size()))
     constants = {
         **source_constants(k, v, block_table),
+        "num_segments": num_segments,
         "out_max_blocks": 0 if out_block_table is None else out_block_table.shape[1],
         "stride_out_k_page": 0 if out_block_table is None else out_k.stride(0),
         "stride_out_k_row": out_k.stride(-3),
@@ -126,9 +132,90 @@ def _prepare(
         "OUT_PAGE_SIZE": 1 if out_block_table is None else out_k.shape[1],
         "D": triton.next_power_of_2(widest),
         "ROWS": rows,
+        "ALIGNED": False,  # of addresses, which are none here
         "num_warps": 4,
     }
     return Launch((num_segments, triton.cdiv(max_kept, rows)), constants)
+
+
+def compact_layers(
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    cu_seqlens_k: Tensor,
+    indices: Tensor,
+    cu_kept: Tensor,
+    out_k: Tensor,
+    out_v: Tensor,
+    cu_seqlens_out: Tensor,
+    *,
+    max_kept: int,
+) -> None:
+    """compact_kv of several layers into one pool, in one launch for all of the same strides.
+
+    Args:
+        k, v: for each layer `[total_k, num_kv_heads, d]` (`d_v` for v), of one shape.
+        cu_seqlens_k, indices, out_k, out_v: as for compact_kv, without pages.
+        cu_kept: `[num_layers * num_seqs * num_kv_heads + 1]` int32, by layer, sequence, KV head.
+        cu_seqlens_out: `[num_layers, num_seqs * num_kv_heads + 1]` int32.
+        max_kept: host upper bound of the kept tokens of a segment, of any layer.
+
+    Raises:
+        ValueError: an argument that does not fit the others, by name.
+        NotImplementedError: a dtype that is not fp16, bf16 or fp32.
+    """
+    num_layers = len(k)
+    expect(len(v) == num_layers, "v", f"{len(v)} layers", f"{num_layers}, as k")
+    for name, layers in (("k", k), ("v", v)):
+        for i, x in enumerate(layers):
+            expect_like(f"{name}[{i}]", x, layers[0])
+    if num_layers == 0:
+        return
+    num_segments = (cu_seqlens_k.numel() - 1) * k[0].shape[-2]
+    expect_array("cu_kept", cu_kept, (num_layers * num_segments + 1,))
+    expect_array("cu_seqlens_out", cu_seqlens_out, (num_layers, num_segments + 1))
+    if num_layers == 1:
+        sources = (k[0], v[0], cu_seqlens_k, indices, cu_kept)
+        return compact_kv(*sources, out_k, out_v, cu_seqlens_out[0], max_kept=max_kept)
+    on_gpu = interpreted() and k[0].is_cuda
+    expect(not on_gpu, "k", "addresses of a GPU", "the CPU's, where Triton interprets")
+    alike: dict[tuple, list[tuple[int, int, int]]] = {}
+    for i, pair in enumerate(zip(k, v, strict=True)):
+        addresses = pair[0].data_ptr(), pair[1].data_ptr()
+        aligned = addresses[0] % 16 == addresses[1] % 16 == 0
+        table = alike.setdefault((pair[0].stride(), pair[1].stride(), aligned), [])
+        table.append((i, *addresses))
+    for (_, _, aligned), table in alike.items():
+        like = table[0][0]
+        launch = _prepare(
+            k[like],
+            v[like],
+            cu_seqlens_k,
+            indices,
+            cu_kept[: num_segments + 1],
+            out_k,
+            out_v,
+            cu_seqlens_out[0],
+            None,
+            None,
+            max_kept=max_kept,
+        )
+        if num_segments == 0 or max_kept <= 0:
+            return
+        with current(out_k.device):
+            _compact_kernel[(len(table) * num_segments, launch.grid[1])](
+                k_ptr=k[like],
+                v_ptr=v[like],
+                layers_ptr=to_device(torch.tensor(table), out_k.device),
+                cu_seqlens_k_ptr=cu_seqlens_k,
+                indices_ptr=indices,
+                cu_kept_ptr=cu_kept,
+                block_table_ptr=None,
+                out_k_ptr=out_k,
+                out_v_ptr=out_v,
+                cu_seqlens_out_ptr=cu_seqlens_out,
+                out_block_table_ptr=None,
+                **(launch.constants | {"ALIGNED": aligned}),
+            )
 
 
 def compact_kv_(

@@ -11,19 +11,33 @@ from .addressing import load_rows, row_offsets, sequence_start, store_rows
 INTEGERS = ["cu_seqlens_k_ptr", "indices_ptr", "cu_kept_ptr", "block_table_ptr"]
 
 
+@triton.jit
+def _source_of_layer(source, k_ptr, v_ptr, layers_ptr, ALIGNED: tl.constexpr):
+    """The number of a layer among those of the launch, and where its K and V lie: an address says
+    nothing of its type, for which k_ptr and v_ptr are, nor of its alignment."""
+    entry = layers_ptr + 3 * source
+    k_ptr = tl.load(entry + 1).to(k_ptr.dtype)
+    v_ptr = tl.load(entry + 2).to(v_ptr.dtype)
+    if ALIGNED:
+        k_ptr, v_ptr = tl.multiple_of(k_ptr, 16), tl.multiple_of(v_ptr, 16)
+    return tl.load(entry), k_ptr, v_ptr
+
+
 @triton.jit(
-    do_not_specialize=["num_kv_heads", "max_blocks", "out_max_blocks"],
+    do_not_specialize=["num_kv_heads", "num_segments", "max_blocks", "out_max_blocks"],
     do_not_specialize_on_alignment=[*INTEGERS, "cu_seqlens_out_ptr", "out_block_table_ptr"],
     launch_metadata=profiling.compact,
 )
 def _compact_kernel(
     k_ptr,
     v_ptr,
+    layers_ptr,  # [sources, 3] int64: which layer, addresses of its k and v; None: k_ptr, v_ptr
     cu_seqlens_k_ptr,
     indices_ptr,
     cu_kept_ptr,
     block_table_ptr,
     num_kv_heads,
+    num_segments,  # of a layer
     max_blocks,
     stride_k_page,
     stride_k_row,
@@ -46,9 +60,15 @@ def _compact_kernel(
     HEAD_SIZE_V: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    """One tile of ROWS kept rows of one segment."""
+    """One tile of ROWS kept rows of one segment, of one layer."""
     segment, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if layers_ptr is not None:
+        source, segment = segment // num_segments, segment % num_segments
+        layer, k_ptr, v_ptr = _source_of_layer(source, k_ptr, v_ptr, layers_ptr, ALIGNED)
+        cu_kept_ptr += layer * num_segments
+        cu_seqlens_out_ptr += layer * (num_segments + 1)
     first = tl.load(cu_kept_ptr + segment)
     kept = tl.load(cu_kept_ptr + segment + 1) - first
     if tile * ROWS < kept:

@@ -65,6 +65,13 @@ def current(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device)
 
 
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on the device, without waiting for it: by pinned memory where it is a GPU."""
+    if device.type == "cuda":
+        return host.pin_memory().to(device, non_blocking=True)
+    return host.to(device)
+
+
 def padded(head_size: int) -> int:
     """The head size as tiles have it: a power of two that a matrix product takes."""
     return max(16, triton.next_power_of_2(head_size))

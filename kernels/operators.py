@@ -122,6 +122,11 @@ _compact_kv_in_place = _operator(
     "(Tensor(a!) k, Tensor(b!) v, Tensor cu_seqlens_k, Tensor indices, Tensor cu_kept, *,"
     " SymInt max_kept, Tensor? block_table=None) -> ()",
 )
+_compact_layers = _operator(
+    compact.compact_layers,
+    "(Tensor[] k, Tensor[] v, Tensor cu_seqlens_k, Tensor indices, Tensor cu_kept,"
+    " Tensor(a!) out_k, Tensor(b!) out_v, Tensor cu_seqlens_out, *, SymInt max_kept) -> ()",
+)
 _sum_evicted = _operator(
     remainder.sum_evicted,
     "(Tensor k, Tensor v, Tensor cu_seqlens_k, Tensor indices, Tensor cu_kept,"
@@ -180,6 +185,7 @@ key_value_stats = _compilable(key_value.key_value_stats, _compiled_key_value_sta
 select_tokens = _compilable(select.select_tokens, _compiled_selection)
 compact_kv = _compilable(compact.compact_kv, _compact_kv)
 compact_kv_ = _compilable(compact.compact_kv_, _compact_kv_in_place)
+compact_layers = _compilable(compact.compact_layers, _compact_layers)
 sum_evicted = _compilable(remainder.sum_evicted, _sum_evicted)
 store_means = _compilable(remainder.store_means, _store_means)
 varlen_decode = _compilable(decode.varlen_decode, _compiled_decode)

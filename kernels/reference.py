@@ -9,6 +9,7 @@ are those of docs/recipe.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -156,6 +157,27 @@ def compact_kv(
         target = _rows(target, s, cu_seqlens_out, out_block_table, out_k)
         out_k.view(-1, out_k.shape[-1])[target] = k.reshape(-1, *k.shape[-2:])[source, h]
         out_v.view(-1, out_v.shape[-1])[target] = v.reshape(-1, *v.shape[-2:])[source, h]
+
+
+def compact_layers(
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    cu_seqlens_k: Tensor,
+    indices: Tensor,
+    cu_kept: Tensor,
+    out_k: Tensor,
+    out_v: Tensor,
+    cu_seqlens_out: Tensor,
+    *,
+    max_kept: int,
+) -> None:
+    """compact_kv of several layers into one pool: `compact.compact_layers`."""
+    for layer, (layer_k, layer_v) in enumerate(zip(k, v, strict=True)):
+        starts = cu_seqlens_out[layer]
+        first = layer * (len(starts) - 1)
+        kept = cu_kept[first : first + len(starts)]
+        source = (layer_k, layer_v, cu_seqlens_k, indices, kept)
+        compact_kv(*source, out_k, out_v, starts, max_kept=max_kept)
 
 
 def compact_kv_(

@@ -17,6 +17,7 @@ from .kernels.operators import (
     append_kv,
     compact_kv,
     compact_kv_,
+    compact_layers,
     key_value_stats,
     post_vision_stats,
     select_tokens,
@@ -31,6 +32,7 @@ __all__ = [
     "append_kv",
     "compact_kv",
     "compact_kv_",
+    "compact_layers",
     "get_backend",
     "key_value_stats",
     "post_vision_stats",
@@ -51,6 +53,7 @@ class Backend(NamedTuple):
     key_value_stats: Callable
     select_tokens: Callable
     compact_kv: Callable
+    compact_layers: Callable
     sum_evicted: Callable
     store_means: Callable
     varlen_decode: Callable

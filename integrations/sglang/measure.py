@@ -16,10 +16,11 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from vlcache_triton.kernels.launch import to_device
 from vlcache_triton.ops import Backend
 from vlcache_triton.recipe.config import VLCacheConfig
 from vlcache_triton.recipe.plan import CompressionPlan, plan_from_scores
-from vlcache_triton.recipe.prompt import Prompt, to_device
+from vlcache_triton.recipe.prompt import Prompt
 
 from .prompts import ChunkStats, PromptTable, TrackedPrompt
 from .ranks import Ranks

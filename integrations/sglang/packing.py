@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlcache_triton.kernels.launch import to_device
 from vlcache_triton.ops import Backend
 from vlcache_triton.recipe.plan import CompressionPlan
-from vlcache_triton.recipe.prompt import to_device
 
 from .block_table import PackedLayout, cell_rows
 from .prompts import TrackedPrompt

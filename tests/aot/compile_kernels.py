@@ -178,6 +178,10 @@ def call_host_functions(case: Case) -> None:
         **out_pages,
     )
     compact.compact_kv_(k, v, starts, *kept, max_kept=800, **pages)
+    if not case.paged:
+        layers = ([k, k], [v, v], starts, kept[0], ints(2 * num_segments + 1))
+        places = ints(2, num_segments + 1)
+        compact.compact_layers(*layers, pool_k, pool_v, places, max_kept=800)
 
     sums = remainder.sum_evicted(k, v, starts, *kept, length, **used, **pages)
     segment_starts = ints(num_segments + 1)
@@ -264,6 +268,8 @@ def compile_launch(index: int, target: int) -> Compiled:
     }
     if launch.arguments.get("first_key_bias_ptr") is not None:
         blocks["bias"] = True
+    if launch.arguments.get("layers_ptr") is not None:
+        blocks["layers"] = True
     if launch.arguments.get("ROW_MAX"):
         blocks["maxima, weights"] = True
     return Compiled(

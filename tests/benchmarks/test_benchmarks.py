@@ -258,6 +258,7 @@ def test_the_host_s_part_of_a_call(monkeypatch):
     found = json.loads(done.stdout)
     launches = {name: x["launches"] for name, x in found.items()}
     assert launches == {
+        "pack": 2,
         "varlen_decode": 1,
         "append_kv": 1,
         "post_vision_stats": 3,

@@ -18,6 +18,7 @@ NAMES = [
     "select_tokens",
     "compact_kv",
     "compact_kv_",
+    "compact_layers",
     "sum_evicted",
     "store_means",
     "varlen_decode",
@@ -57,6 +58,14 @@ def arguments(name: str, page_size: int | None) -> tuple[tuple, dict]:
         return (*source, *pool), {"max_kept": 5, **where}
     if name == "compact_kv_":
         return source, {"max_kept": 5, **where}
+    if name == "compact_layers":
+        k, v = (x.reshape(-1, *x.shape[-2:]) for x in (k, v))
+        layers = ([k, k + 1], [v, v + 1], batch.cu_seqlens_k)
+        kept = torch.cat([selection.indices] * 2), cumulative([4, 4, 0, 0, 5, 5] * 2)
+        pool = (torch.zeros(72, 1, D), torch.zeros(72, 1, D_V))
+        places = torch.arange(14, dtype=torch.int32).view(2, 7) * 6
+        places[1] -= 6
+        return (*layers, *kept, *pool, places), {"max_kept": 5}
     if name == "sum_evicted":
         return (*source, 9), batch.cache
     if name == "store_means":

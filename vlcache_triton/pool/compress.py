@@ -65,7 +65,7 @@ class PromptCompressor:
     ) -> tuple[CompressionPlan, RaggedCache]:
         """What to keep, and the cache that keeps it, with `head_room` free rows a segment.
 
-        Dense layers are let go of as they are moved: the peak is the full cache and the kept one.
+        Dense layers are let go of when all have moved: the peak is the full cache and the kept one.
 
         Args:
             allocate: called as `RaggedCache` is, where the caller has one to lend.
@@ -79,9 +79,12 @@ class PromptCompressor:
         self._stats = []
         ragged = self._allocate(plan, head_room, *self._rows[0], allocate)
         starts, lengths = self.prompt.starts(device), self.prompt.seqused(device)
-        for layer in range(self.num_layers):
-            k, v = self._rows.pop(0)
-            move_layer(plan, ragged, layer, k, v, starts, lengths)
+        for layer, rows in enumerate(self._rows):
+            store_means(plan, ragged, layer, *rows, starts, lengths)
+        k, v = zip(*self._rows, strict=True)
+        self._rows = []
+        max_kept = int(plan.head_keep.max())
+        ragged.compact_layers(k, v, starts, plan.indices, plan.cu_kept, max_kept)
         return plan, ragged
 
     def _count(self, k: Tensor, v: Tensor) -> None:
@@ -147,12 +150,30 @@ def move_layer(
     Args:
         starts, lengths: `[num_seqs + 1]` and `[num_seqs]` int32, where the prompts' rows lie.
     """
-    indices, cu_kept = plan.indices, plan.layer_cu_kept(layer)
-    if plan.evicted is not None:
-        longest = plan.prompt.padded_length
-        sums = ragged.backend.sum_evicted(
-            k, v, starts, indices, cu_kept, longest, seqused_k=lengths
-        )
-        ragged.store_means(layer, *sums)
-    max_kept = int(plan.head_keep[layer].max())
-    ragged.compact_layer(layer, k, v, starts, indices, cu_kept, max_kept)
+    store_means(plan, ragged, layer, k, v, starts, lengths)
+    cu_kept, max_kept = plan.layer_cu_kept(layer), int(plan.head_keep[layer].max())
+    ragged.compact_layer(layer, k, v, starts, plan.indices, cu_kept, max_kept)
+
+
+def store_means(
+    plan: CompressionPlan,
+    ragged: RaggedCache,
+    layer: int,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+) -> None:
+    """The rows for what a layer evicts, where the plan has such rows; arguments as move_layer."""
+    if plan.evicted is None:
+        return
+    sums = ragged.backend.sum_evicted(
+        k,
+        v,
+        starts,
+        plan.indices,
+        plan.layer_cu_kept(layer),
+        plan.prompt.padded_length,
+        seqused_k=lengths,
+    )
+    ragged.store_means(layer, *sums)

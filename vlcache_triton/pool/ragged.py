@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -113,6 +113,28 @@ class RaggedCache:
             self.k,
             self.v,
             self._first_tokens[layer],
+            max_kept=max_kept,
+        )
+
+    def compact_layers(
+        self,
+        k: Sequence[Tensor],
+        v: Sequence[Tensor],
+        cu_seqlens_k: Tensor,
+        indices: Tensor,
+        cu_kept: Tensor,
+        max_kept: int,
+    ) -> None:
+        """compact_layer of all layers, in one launch where their k and v have the same strides."""
+        self.backend.compact_layers(
+            k,
+            v,
+            cu_seqlens_k,
+            indices,
+            cu_kept,
+            self.k,
+            self.v,
+            self._first_tokens,
             max_kept=max_kept,
         )
 

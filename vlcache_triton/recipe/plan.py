@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..kernels.launch import to_device
 from ..kernels.types import PostVisionStats
 from ..ops import Backend
 from .budgets import layer_budgets

@@ -10,6 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from ..kernels.launch import to_device
 from .config import VLCacheConfig
 from .policies import VL_CACHE, Policy
 
@@ -176,10 +177,3 @@ def _cu_seqlens(prompt: Prompt, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def _cumulate(lengths: Iterable[int], device: torch.device) -> Tensor:
     return to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
-
-
-def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on the device, without waiting for it: by pinned memory where it is a GPU."""
-    if device.type == "cuda":
-        return host.pin_memory().to(device, non_blocking=True)
-    return host.to(device)
