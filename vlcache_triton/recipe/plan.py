@@ -95,8 +95,10 @@ def make_plan(
     Cost: one host sync (the counts), and those of the policy; time linear in
     num_layers * num_kv_heads * total_k.
     """
-    attention = torch.stack([layer_scores(s.post_vision, prompt, config) for s in stats])
-    density = torch.stack([layer_density(s.post_vision, prompt) for s in stats]).cpu()  # the sync
+    layers = zip(*(s.post_vision for s in stats), strict=True)
+    together = PostVisionStats(*(torch.stack(x) for x in layers))
+    attention = layer_scores(together, prompt, config).contiguous()
+    density = layer_density(together, prompt).cpu()  # the sync
     if policy.score is None and policy.share_heads is None:
         return plan_from_scores(attention, density, prompt, config, backend)
     known = prompt_statistics(stats, attention, prompt)
@@ -176,9 +178,10 @@ def smooth(scores: Tensor, width: int) -> Tensor:
 
 
 def layer_density(stats: PostVisionStats, prompt: Prompt) -> Tensor:
-    """1 - γ' (eq. 2) `[num_seqs]` fp64 of a layer, the mean over heads; NaN where left whole."""
-    retained = stats.retained.double().mean(-1)[prompt.segments]
-    return retained / stats.visible[prompt.segments]
+    """1 - γ' (eq. 2) `[num_seqs]` fp64 of a layer, the mean over heads; NaN where left whole.
+    Several layers may lead."""
+    retained = stats.retained.double().mean(-1)[..., prompt.segments]
+    return retained / stats.visible[..., prompt.segments]
 
 
 def prompt_budgets(density: Tensor, prompt: Prompt, config: VLCacheConfig) -> Tensor:
