@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .checks import expect_per_sequence, expect_rows, expect_same_device
 from .key_value_stats_kernels import _cosine_kernel, _mean_kernel, _sum_kernel
-from .launch import cache_arguments, padded
+from .launch import cache_constants, current, padded
 from .types import KeyValueStats
 
 CHUNK = 256  # keys that one program takes, so that one long prompt fills the GPU
@@ -76,9 +76,12 @@ def key_value_stats(
         "num_warps": 4,
     }
     grid = (num_segments, num_chunks)
-    with torch.cuda.device_of(k):  # the model may lie on several devices
+    with current(k.device):
         _sum_kernel[grid](
-            **cache_arguments(block_table, k=k, v=v),
+            k_ptr=k,
+            v_ptr=v,
+            block_table_ptr=block_table,
+            **cache_constants(block_table, k=k, v=v),
             sum_ptr=sums,
             value_norm_ptr=value_norm,
             total_k=total_k,
@@ -96,7 +99,9 @@ def key_value_stats(
             **_tile(d),
         )
         _cosine_kernel[grid](
-            **cache_arguments(block_table, k=k),
+            k_ptr=k,
+            block_table_ptr=block_table,
+            **cache_constants(block_table, k=k),
             mean_ptr=mean_key,
             mean_norm_ptr=mean_key_norm,
             key_cosine_ptr=key_cosine,

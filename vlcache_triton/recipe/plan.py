@@ -17,7 +17,7 @@ from ..ops import Backend
 from .budgets import layer_budgets
 from .config import VLCacheConfig
 from .policies import VL_CACHE, Policy
-from .prompt import Prompt, to_device
+from .prompt import Prompt
 from .statistics import LayerStats, prompt_statistics
 
 
