@@ -29,6 +29,7 @@ from .support import (
     STATE_TYPES,
     check_choices,
     check_config,
+    check_made_for,
     describe_model,
     layer_types,
     window_of,
@@ -90,6 +91,7 @@ class VLCache(Cache):
         config = VLCacheConfig() if config is None else config
         check_choices(config, policy, streaming)
         check_config(model_config)
+        check_made_for(policy, model_config)
         self.made_for = describe_model(model_config)
         self.config, self.policy = policy.configure(config), policy
         text_config = model_config.get_text_config(decoder=True)

@@ -24,6 +24,7 @@ from .support import (
     check_choices,
     check_generate,
     check_kind,
+    check_made_for,
     check_mode,
     check_model,
     models_of,
@@ -72,6 +73,7 @@ def vl_cache(
     check_kind(model)
     warn_of_version()
     check_model(model)
+    check_made_for(policy, model.config)
     get_backend(backend, model.device)
     if backend == "triton" and model.device.type != "cuda" and model.dtype == torch.bfloat16:
         raise NotImplementedError(

@@ -160,6 +160,17 @@ def check_choices(config: Any, policy: Any, streaming: bool) -> None:
         )
 
 
+def check_made_for(policy: Policy, model_config: PreTrainedConfig) -> None:
+    """Refuse a policy that is for another model.
+
+    Raises:
+        ValueError: naming both models.
+    """
+    model = describe_model(model_config)
+    if policy.made_for not in (None, model):
+        raise ValueError(f"policy: got one made for {policy.made_for}, expected one for {model}")
+
+
 def check_kind(model: Any) -> None:
     """Refuse what is no plain model of Transformers, naming the one within.
 

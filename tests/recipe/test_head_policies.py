@@ -11,6 +11,7 @@ from ranked import CONFIG, KEEP, LENGTH, best, column_sums, kept, run, smoothed
 from torch import Tensor
 
 from vlcache_triton.recipe.policies import Policy, defensivekv, sparsemm
+from vlcache_triton.recipe.profile import HeadHits
 
 
 def maxima(layer, prompt, window: int, pool: int) -> Tensor:
@@ -48,7 +49,7 @@ def test_defensivekv_shares_by_the_worst_case(window, pool, across_layers):
     assert (layers_keep.unique().numel() > 1) == across_layers
 
 
-HITS = torch.tensor([[1.0, 2, 0, 1], [0, 0, 0, 0], [9, 30, 2, 2], [1, 1, 1, 1]])
+HITS = HeadHits([[1.0, 2, 0, 1], [0, 0, 0, 0], [9, 30, 2, 2], [1, 1, 1, 1]])
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.6, 1.0])
@@ -58,7 +59,8 @@ def test_sparsemm_shares_by_hits(ratio):
     plan, _, layers = run(sparsemm(HITS, ratio, window, pool=3))
     base = KEEP - window
     least = int(base * ratio)
-    share = (HITS / HITS.sum()).view(4, 2, 2).sum(-1)
+    share = torch.tensor(HITS.hits)
+    share = (share / share.sum()).view(4, 2, 2).sum(-1)
     published = (share * (base - least) * 8 + least).round() + window
     counts = plan.head_keep[:, 0]
     assert int(counts.sum()) == KEEP * 8
@@ -72,7 +74,7 @@ def test_sparsemm_shares_by_hits(ratio):
 
 
 def test_a_head_that_would_get_more_than_the_prompt_leaves_the_rest_to_others():
-    hits = torch.tensor([[1000.0, 1], [1, 1], [1, 1], [1, 1]])
+    hits = HeadHits([[1000.0, 1], [1, 1], [1, 1], [1, 1]])
     counts = run(sparsemm(hits, 0.0, window=2))[0].head_keep[:, 0]
     assert counts[0, 0] == LENGTH and int(counts.sum()) == KEEP * 8
     rest = counts.flatten()[1:]
@@ -84,16 +86,15 @@ def test_a_budget_below_the_window_is_shared_evenly():
     assert plan.head_keep.unique().tolist() == [KEEP]
 
 
-@pytest.mark.parametrize("hits", [torch.zeros(4, 4), -HITS, HITS[0], HITS / 0])
-def test_hits_that_say_nothing_are_refused(hits):
-    with pytest.raises(ValueError, match="hits: got"):
-        sparsemm(hits)
-
-
-@pytest.mark.parametrize("hits", [HITS[:3], HITS[:, :3]])
+@pytest.mark.parametrize("hits", [HITS.hits[:3], [row[:3] for row in HITS.hits]])
 def test_hits_of_another_model_are_refused(hits):
-    with pytest.raises(ValueError, match="hits: got shape"):
-        run(sparsemm(hits))
+    with pytest.raises(ValueError, match=r"^(profile|hits): got"):
+        run(sparsemm(HeadHits(hits)))
+
+
+def test_a_ratio_out_of_range_is_refused():
+    with pytest.raises(ValueError, match=r"^ratio: got 1\.5"):
+        sparsemm(HITS, ratio=1.5)
 
 
 def test_any_shares_that_sum_exactly_are_kept():

@@ -73,23 +73,25 @@ def budget_bounds(
     return (shares.floor() + 2).minimum(upper).long()
 
 
-def share_out(weights: Tensor, total: int, least: int, most: int) -> Tensor:
+def share_out(weights: Tensor, total: int, least: int | Tensor, most: int) -> Tensor:
     """Whole numbers in proportion to `weights`, as far as their bounds allow.
 
     What the bounds take or leave is poured over the others; then largest remainder.
 
     Args:
         weights: `[n]` of any float dtype, at least 0.
-        total, least, most: what all sum to, clamped to n * least and n * most, and bounds of each.
+        total: what all sum to, clamped to what the bounds allow.
+        least, most: whole bounds of each; least may be `[n]`.
 
     Returns:
         int64 `[n]` on the device of `weights`.
     """
-    bounds = [weights.new_tensor([x], dtype=torch.float64) for x in (least, most)]
-    sum_of_all = weights.new_tensor([total], dtype=torch.float64)
-    sum_of_all = sum_of_all.clamp(len(weights) * least, len(weights) * most)
-    shares = _pour(weights.double().clamp(min=1e-12)[:, None], sum_of_all, *bounds)
-    return _largest_remainder(shares, sum_of_all, bounds[1])[:, 0]
+    weights = weights.double().clamp(min=1e-12)[:, None]
+    lower = torch.ones_like(weights) * torch.as_tensor(least).to(weights).view(-1, 1)
+    upper = torch.full_like(weights, most)
+    sum_of_all = weights.new_tensor([total]).clamp(lower.sum(0), upper.sum(0))
+    shares = _pour(weights, sum_of_all, lower, upper)
+    return _largest_remainder(shares, sum_of_all, upper)[:, 0]
 
 
 def _check(density: Tensor, lengths: Tensor) -> int:

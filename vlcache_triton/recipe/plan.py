@@ -16,7 +16,7 @@ from ..kernels.types import PostVisionStats
 from ..ops import Backend
 from .budgets import layer_budgets
 from .config import VLCacheConfig
-from .policies import VL_CACHE, Policy
+from .policies import VL_CACHE, Policy, PromptStatistics
 from .prompt import Prompt
 from .statistics import LayerStats, prompt_statistics
 
@@ -95,18 +95,9 @@ def make_plan(
     Cost: one host sync (the counts), and those of the policy; time linear in
     num_layers * num_kv_heads * total_k.
     """
-    layers = zip(*(s.post_vision for s in stats), strict=True)
-    together = PostVisionStats(*(torch.stack(x) for x in layers))
-    attention = layer_scores(together, prompt, config).contiguous()
-    density = layer_density(together, prompt).cpu()  # the sync
-    if policy.score is None and policy.share_heads is None:
-        return plan_from_scores(attention, density, prompt, config, backend)
-    known = prompt_statistics(stats, attention, prompt)
-    scores = attention
-    if policy.score is not None:
-        scores = torch.empty_like(attention)  # runs of pads keep nothing, whatever they score
-        for span, statistics in zip(prompt.spans, known, strict=True):
-            scores[..., span] = policy.score(statistics)
+    post_vision = stack_layers(stats)
+    scores, known = rank_tokens(stats, post_vision, prompt, config, policy)
+    density = layer_density(post_vision, prompt).cpu()  # the sync
     head_keep = None
     if policy.share_heads is not None:
         keep = prompt_budgets(density, prompt, config)
@@ -116,6 +107,33 @@ def make_plan(
                 shares = policy.share_heads(scores[..., span], known[i], keep[:, i])
                 head_keep[:, i] = _checked(shares, head_keep[:, i], prompt.lengths[i])
     return plan_from_scores(scores, density, prompt, config, backend, head_keep)
+
+
+def stack_layers(stats: Sequence[LayerStats]) -> PostVisionStats:
+    """What the query rows say of all layers at once."""
+    layers = zip(*(s.post_vision for s in stats), strict=True)
+    return PostVisionStats(*(torch.stack(x) for x in layers))
+
+
+def rank_tokens(
+    stats: Sequence[LayerStats],
+    post_vision: PostVisionStats,
+    prompt: Prompt,
+    config: VLCacheConfig,
+    policy: Policy,
+) -> tuple[Tensor, list[PromptStatistics]]:
+    """Scores `[num_layers, num_kv_heads, total_k]` as ranked, and what the policy knows of each
+    prompt: nothing, where it does not ask. Arguments as for make_plan, and their stack_layers."""
+    attention = layer_scores(post_vision, prompt, config).contiguous()
+    if policy.score is None and policy.share_heads is None:
+        return attention, []
+    known = prompt_statistics(stats, attention, prompt)
+    if policy.score is None:
+        return attention, known
+    scores = torch.zeros_like(attention)
+    for span, statistics in zip(prompt.spans, known, strict=True):
+        scores[..., span] = policy.score(statistics)
+    return scores, known
 
 
 def _checked(shares: Tensor, even: Tensor, length: int) -> Tensor:

@@ -10,6 +10,7 @@ import typer
 
 from vlcache_triton import __version__
 
+from .calibrate import calibrate
 from .console import UserError, one_line
 from .demo import demo
 from .env import env
@@ -28,6 +29,7 @@ app = typer.Typer(
 for command in (demo, generate, inspect):
     app.command()(command)
 app.command("eval")(evaluate)
+app.command()(calibrate)
 app.command()(reproduce)
 app.command()(env)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json as json_module
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from .folder import check_folder, make_folder
 from .options import DeviceOption, Dtype, DtypeOption, JsonOption, ModelOption
 
 if TYPE_CHECKING:
-    from vlcache_triton.apps.evaluation import Cell
+    from vlcache_triton.apps.evaluation import Cell, Comparison
 
 # The names of vlcache_triton.apps.evaluation.SUITES, which take torch to import.
 SUITE_NAMES = ("value", "field", "count", "next", "list", "value, 2 images", "value, 3 turns")
@@ -58,6 +59,14 @@ BudgetsOption = Annotated[
 LongestOption = Annotated[
     int, typer.Option("--max-new-tokens", min=1, metavar="N", help="Longest answer to --data.")
 ]
+ProfileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--profile",
+        metavar="FILE",
+        help="Of calibrate: compares with it and without, in place of rivals.",
+    ),
+]
 QuickOption = Annotated[bool, typer.Option("--quick", help="A few minutes on two CPU cores.")]
 OutOption = Annotated[
     Path, typer.Option("--out", metavar="FOLDER", help="For results; goes on from them.")
@@ -71,6 +80,7 @@ def evaluate(
     suite: SuitesOption = None,
     budget: BudgetsOption = None,
     max_new_tokens: LongestOption = 32,
+    profile: ProfileOption = None,
     quick: QuickOption = False,
     out: OutOption = Path("vlcache-eval"),
     device: DeviceOption = None,
@@ -86,7 +96,7 @@ def evaluate(
     suites = _checked(model, data, suite, budget, quick)
     import torch
 
-    from vlcache_triton.apps.evaluation import BUDGETS, run, summarise
+    from vlcache_triton.apps.evaluation import BUDGETS, compare_all, run, summarise
 
     from .questions import evaluations, form_questions, own_items, own_questions
     from .vlm import VisionLanguageModel, about
@@ -96,6 +106,10 @@ def evaluate(
     settings = {"model": model, "data": data and str(data), "budgets": budgets}
     if dtype is not Dtype.auto:
         settings["dtype"] = dtype.value
+    compare: Comparison = compare_all
+    if profile is not None:
+        settings["profile"] = str(profile)
+        compare = _with_and_without(profile)
     items = [] if data is None else own_items(data, max_new_tokens)
     check_folder(out, settings, RESULTS)
     vlm = VisionLanguageModel(model, device=device, dtype=dtype.value)
@@ -104,7 +118,7 @@ def evaluate(
         questions = list(form_questions(vlm, suites, pages))
     else:
         questions = list(own_questions(vlm, items))
-    jobs = evaluations(vlm, questions, budgets)
+    jobs = evaluations(vlm, questions, budgets, compare)
     make_folder(out, settings)
     with progress("evaluating", len(jobs)) as steps:
         try:
@@ -131,13 +145,32 @@ def _checked(
         raise UserError("data: got none, expected questions for a model of your own (--data)")
     if data is not None and (suite or quick):
         raise UserError("suite, quick: got one with --data, expected it without")
-    suites = suite or (QUICK_SUITES if quick else SUITE_NAMES)
-    for name in suites:
-        if name not in SUITE_NAMES:
-            raise UserError(f"suite: got {name!r}, expected one of {SUITE_NAMES}")
+    suites = checked_suites(suite or (QUICK_SUITES if quick else SUITE_NAMES))
     if budget and not all(0 < b <= 1 for b in budget):
         raise UserError(f"budget: got {budget}, expected shares in (0, 1]")
     return suites
+
+
+def checked_suites(names: Sequence[str]) -> Sequence[str]:
+    """The names, if there are suites of them."""
+    for name in names:
+        if name not in SUITE_NAMES:
+            raise UserError(f"suite: got {name!r}, expected one of {SUITE_NAMES}")
+    return names
+
+
+def _with_and_without(path: Path) -> Comparison:
+    """The paper's recipe and the tuned preset, each with the profile and without."""
+    from vlcache_triton.apps.evaluation.variants import with_profile
+    from vlcache_triton.recipe.profile import read_profile
+
+    try:
+        return functools.partial(with_profile, read_profile(path))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"profile: cannot read {str(path)!r}: {reason}") from error
+    except ValueError as error:
+        raise UserError(one_line(str(error))) from error
 
 
 def _write(out: Path, cells: Sequence[Cell], about: dict[str, str]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class PolicyName(str, Enum):
     pyramidkv = "pyramidkv"
     adakv = "adakv"
     defensivekv = "defensivekv"
-    layer_defensivekv = "layer_defensivekv"
+    defensivekv_all = "defensivekv_all"
     keydiff = "keydiff"
     mixkv = "mixkv"
     aircache = "aircache"

@@ -40,13 +40,14 @@ class Question:
 
 
 def form_questions(
-    vlm: VisionLanguageModel, suites: Sequence[str], pages: int
+    vlm: VisionLanguageModel, suites: Sequence[str], pages: int, split: str = "test"
 ) -> Iterator[Question]:
-    """Suites in turn, page by page, so that a run that is cut off has of each."""
+    """Suites in turn, page by page, so that a run that is cut off has of each; another split is
+    another set of pages."""
     chosen = [suite for suite in SUITES if suite.name in suites]
 
     def load(suite: Any, index: int) -> tuple[Item, Query]:
-        item = form_item(suite, index)
+        item = form_item(suite, index, split)
         return item, encode_form(vlm.processor, item, vlm.model.device)
 
     for index in range(pages):

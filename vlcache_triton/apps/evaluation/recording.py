@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vlcache_triton.integrations.transformers.cache import VLCache, VLCacheLayer
+from vlcache_triton.integrations.transformers.support import check_made_for
 from vlcache_triton.kernels.types import PostVisionStats
 from vlcache_triton.ops import Backend
 from vlcache_triton.pool.compress import PromptCompressor, move_layer, shape_of
@@ -167,6 +168,7 @@ class Recording(VLCache):
         """The prompt with a variant's query rows, and what they say of each layer; measured once
         for all variants that look at the same."""
         assert self.prompt is not None and self.ragged is not None
+        check_made_for(variant.policy, self.model_config)
         config, backend = variant.effective, self.ragged.backend
         (post_vision,), (length,) = self.prompt.query_rows, self.prompt.lengths
         rows = count_query_rows(post_vision, length, config, variant.policy)

@@ -15,10 +15,12 @@ from vlcache_triton.recipe.policies import (
     VL_CACHE,
     Policy,
     PromptStatistics,
+    calibrated,
     hindsight,
     snapkv,
 )
-from vlcache_triton.recipe.policies.policy import Scoring
+from vlcache_triton.recipe.policies.rows import keep_window
+from vlcache_triton.recipe.profile import HeadHits, HeadProfile
 
 BUDGETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 
@@ -72,17 +74,16 @@ def tuned_snapkv(budget: float, remainder: Remainder = "none") -> Variant:
     from: benchmarks/results/accuracy/tuning.md. A maximum of neighbours, which its authors' code
     has as well."""
     width = 5 if remainder == "none" else 3
-    plain = snapkv(window=20, pool=1)
-    assert plain.score is not None
-    policy = replace(plain, score=partial(_max_pooled, width, plain.score))
+    window = 20
+    score = keep_window(window, partial(_max_pooled, width))
+    policy = replace(snapkv(window, pool=1), score=score)
     # Its window is what is recent.
     config = VLCacheConfig(budget=budget, recent_fraction=0.0, remainder=remainder)
     return Variant(PEER if remainder == "none" else PEER + WITH_ROW, config, policy)
 
 
-def _max_pooled(width: int, score: Scoring, statistics: PromptStatistics) -> Tensor:
-    pooled = F.max_pool1d(statistics.attention, width, 1, width // 2)
-    return score(replace(statistics, attention=pooled))
+def _max_pooled(width: int, statistics: PromptStatistics) -> Tensor:
+    return F.max_pool1d(statistics.attention, width, 1, width // 2)
 
 
 def readings(budget: float) -> list[Variant]:
@@ -115,6 +116,20 @@ def attention_oracle(budget: float, attention: Tensor) -> Variant:
     """Ranks the tokens of one prompt by the attention that its answer did pay; see
     `policies.hindsight`. No upper bound of what a policy can reach."""
     return Variant(ORACLE, VLCacheConfig(budget=budget), hindsight(attention))
+
+
+def with_profile(
+    profile: HeadProfile | HeadHits, budget: float, attention: Tensor | None = None
+) -> list[Variant]:
+    """The paper's recipe and the tuned preset, with the heads' shares of a profile and without."""
+    policy = calibrated(profile)
+    paper, ours = VLCacheConfig(budget=budget), VLCacheConfig.tuned(budget=budget)
+    return [
+        Variant(PAPER, paper),
+        Variant(f"{PAPER}, calibrated", paper, policy),
+        Variant(OURS, ours),
+        Variant(f"{OURS}, calibrated", ours, policy),
+    ]
 
 
 def with_row(variant: Variant) -> Variant:

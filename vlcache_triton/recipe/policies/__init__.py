@@ -10,6 +10,7 @@ from __future__ import annotations
 from .adakv import adakv
 from .aircache import aircache
 from .baselines import full, hindsight, random_tokens
+from .calibrated import calibrated
 from .defensivekv import defensivekv
 from .h2o import h2o
 from .keydiff import keydiff
@@ -51,6 +52,7 @@ __all__ = [
     "adakv",
     "adaptive_heads",
     "aircache",
+    "calibrated",
     "defensivekv",
     "full",
     "h2o",

@@ -26,7 +26,7 @@ def defensivekv(window: int = 32, pool: int = 5, *, across_layers: bool = False)
         across_layers: heads of all layers share all of the budget (Layer-DefensiveKV).
     """
     return Policy(
-        "layer_defensivekv" if across_layers else "defensivekv",
+        "defensivekv_all" if across_layers else "defensivekv",
         last_rows(window),
         keep_window(window, partial(floored, window)),
         partial(_by_score, across_layers),

@@ -76,6 +76,7 @@ class Policy:
     guide_rows: last rows whose attention is measured before, for row_weights to go by; None: none.
     key_value_stats: whether the statistics of keys and values are measured.
     outside: scores of the policy's own for each layer, such as a trained gate's; None: none.
+    made_for: the one model that it is for, as `VLCache.made_for` has it; None: any.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Policy:
     guide_rows: QueryRows | None = None
     key_value_stats: bool = False
     outside: OutsideScores | None = None
+    made_for: str | None = None
 
     def configure(self, config: VLCacheConfig) -> VLCacheConfig:
         """The user's configuration with the fields that the policy sets."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
+from pathlib import Path
 
-from torch import Tensor
+from ..profile import HeadHits, read_profile
+from .calibrated import by_profile
+from .policy import Policy
+from .snapkv import snapkv
 
-from ..budgets import share_out
-from .policy import Policy, PromptStatistics
-from .rows import keep_window, last_rows
 
-
-def sparsemm(hits: Tensor, ratio: float = 0.1, window: int = 32, pool: int = 5) -> Policy:
+def sparsemm(
+    hits: HeadHits | Path | str, ratio: float = 0.1, window: int = 32, pool: int = 5
+) -> Policy:
     """SparseMM (Wang et al., ICCV 2025): SnapKV's scores, and more of the budget for heads that
     look at the words that are read off an image.
 
@@ -19,41 +22,18 @@ def sparsemm(hits: Tensor, ratio: float = 0.1, window: int = 32, pool: int = 5) 
     the hits of the query heads of a KV head, over all layers.
 
     Args:
-        hits: `[num_layers, num_heads]`, at least 0: how often each query head looks at the image
-            where the answer is. `profile.read_hits` reads the files that their code writes.
+        hits: of the model, or the file that their code writes.
         ratio: in [0, 1].
 
     Raises:
-        ValueError: for hits or a ratio out of range.
+        ValueError: for a ratio out of range, or a file that holds no hits.
+        OSError: for a file that cannot be read.
     """
-    if hits.ndim != 2 or not bool((hits >= 0).all()) or not float(hits.sum()) > 0:
-        raise ValueError(
-            f"hits: got shape {tuple(hits.shape)} from {hits.min()} to {hits.max()}, expected"
-            " [num_layers, num_heads] of at least 0, not all 0"
-        )
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio: got {ratio}, expected a number in [0, 1]")
-    share_heads = partial(_by_hits, hits.double().cpu(), ratio, window)
-    choices = {"allocation": "uniform", "smoothing": pool}
-    return Policy("sparsemm", last_rows(window), keep_window(window), share_heads, choices)
-
-
-def _by_hits(
-    hits: Tensor,
-    ratio: float,
-    window: int,
-    scores: Tensor,
-    statistics: PromptStatistics,
-    keep: Tensor,
-) -> Tensor:
-    num_layers, num_heads, length = scores.shape
-    if len(hits) != num_layers or hits.shape[1] % num_heads:
-        raise ValueError(
-            f"hits: got shape {tuple(hits.shape)}, expected ({num_layers}, a multiple of"
-            f" {num_heads}): of this model's layers, and of its query heads"
-        )
-    even = int(keep.min())
-    certain = window + int(ratio * (even - window)) if even > window else even
-    rest = int(keep.sum()) * num_heads - certain * num_layers * num_heads
-    weights = hits.view(num_layers, num_heads, -1).sum(-1)
-    return certain + share_out(weights.flatten(), rest, 0, length - certain).view_as(weights)
+    found = hits if isinstance(hits, HeadHits) else read_profile(hits)
+    if not isinstance(found, HeadHits):
+        raise ValueError(f"hits: got a profile of {found.model}, expected SparseMM's hits")
+    found = dataclasses.replace(found, ratio=ratio, window=window)
+    scores = snapkv(window, pool)
+    return dataclasses.replace(scores, name="sparsemm", share_heads=partial(by_profile, found))

@@ -1,0 +1,122 @@
+"""`vlcache calibrate`: which KV heads of a model need the cache most, as a profile of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .console import UserError, one_line, print_json, progress
+from .eval import DataOption, LongestOption, PagesOption, checked_suites
+from .options import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    PolicyName,
+    PolicyOption,
+    Preset,
+    PresetOption,
+    checked_config,
+)
+
+if TYPE_CHECKING:
+    from vlcache_triton.recipe.profile import HeadProfile
+
+# Of the embedded model's pages; their own, neither those of tuning nor of `vlcache eval`.
+CALIBRATION_SUITES, SPLIT = ("value", "next", "list", "value, 3 turns"), "calibrate"
+SHOWN_BUDGET = 0.1
+
+
+def calibrate(
+    model: ModelOption = None,
+    data: DataOption = None,
+    pages: PagesOption = 6,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A suite of synthetic forms, as for eval; again for more.",
+            show_default="; ".join(CALIBRATION_SUITES),
+        ),
+    ] = None,
+    policy: PolicyOption = PolicyName.vl_cache,
+    preset: PresetOption = Preset.paper,
+    max_new_tokens: LongestOption = 32,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the profile goes.")] = Path(
+        "profile.json"
+    ),
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.auto,
+    json: JsonOption = False,
+) -> None:
+    """Measure how much answers lose as one KV head alone keeps 1, 3, 10 or 30 % of the prompt.
+
+    The profile that is written shares any budget out over the heads of all layers, to those first
+    whose loss falls most by it. Hand it to `vl_cache(model, policy=calibrated("profile.json"))`, or
+    to `vlcache eval --profile`. The answers are the full cache's own. It pays for some questions
+    and costs others, above all such as it has not seen: compare before you use it.
+    """
+    if data is None and model is not None:
+        raise UserError("data: got none, expected questions for a model of your own (--data)")
+    if data is not None and suite:
+        raise UserError("suite: got one with --data, expected it without")
+    suites = checked_suites(suite or CALIBRATION_SUITES)
+    config = checked_config(SHOWN_BUDGET, preset, policy)
+    import torch
+
+    from vlcache_triton.apps.evaluation import Variant
+    from vlcache_triton.apps.evaluation.calibrate import calibrate as measure
+
+    from .questions import form_questions, own_items, own_questions
+    from .vlm import VisionLanguageModel
+
+    items = [] if data is None else own_items(data, max_new_tokens)
+    vlm = VisionLanguageModel(model, device=device, dtype=dtype.value)
+    if data is None:
+        torch.set_num_threads(1)  # so small a model only waits for further threads
+        questions = list(form_questions(vlm, suites, pages, SPLIT))
+        about = f"{_count(pages, 'synthetic form')} of each of {', '.join(map(repr, suites))}"
+    else:
+        questions = list(own_questions(vlm, items))
+        about = f"{_count(len(items), 'question')} of {data.name}"
+    ranked_by = policy.value if preset is Preset.paper else preset.value
+    variant = Variant(ranked_by, config, policy.load())
+    asked = (question.load() for question in questions)
+    queries = ((query, item.max_new_tokens) for item, query in asked)
+    with progress("calibrating", len(questions)) as steps:
+        try:
+            profile = measure(
+                vlm.model, queries, variant, about, advance=lambda: steps.advance(steps.task_ids[0])
+            )
+        except (ValueError, NotImplementedError, torch.OutOfMemoryError) as error:
+            raise UserError(one_line(str(error))) from error
+    try:
+        profile.write(out)
+    except OSError as error:
+        raise UserError(f"out: cannot write {str(out)!r}: {error.strerror or error}") from error
+    if json:
+        print_json(profile.to_dict())
+    else:
+        _print(profile)
+        print(f"Written to {out}")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _print(profile: HeadProfile) -> None:
+    """The share of each head at a budget."""
+    shares = profile.shares(SHOWN_BUDGET)
+    table = Table(title=f"{SHOWN_BUDGET:.0%} of the cache, by head")
+    table.add_column("layer", justify="right")
+    for head in range(len(shares[0])):
+        table.add_column(f"KV head {head}", justify="right")
+    for layer, row in enumerate(shares):
+        table.add_row(str(layer), *(f"{share:.1%}" for share in row))
+    Console().print(table)
