@@ -21,10 +21,19 @@ class Numbers:
         return " ".join(map(str, tokens))
 
 
+def compare_some(budget, attention):
+    """One of each kind: with all families, all variants would take long."""
+    some = {"vl_cache", "adakv", "mixkv", "tgv_kv", "tuned, no row", "all rows, uniform"}
+    oracles = {"attention oracle", "attention oracle, a row"}
+    return [v for v in compare_all(budget, attention) if v.name in some | oracles]
+
+
 @pytest.mark.parametrize("family", SUPPORTED, indirect=True)
 def test_variants_answer_as_generate_does(family):
     inputs = family.inputs(LONG)
-    result = evaluate_item(family.model, Numbers(), ITEM, Query(inputs, NOTHING), (BUDGET,))
+    compare = compare_all if family.name in ("llava", "gemma3") else compare_some
+    query = Query(inputs, NOTHING)
+    result = evaluate_item(family.model, Numbers(), ITEM, query, (BUDGET,), compare)
     texts = {row["variant"]: row["text"] for row in result["rows"]}
     length = inputs["input_ids"].shape[1]
 
@@ -34,7 +43,9 @@ def test_variants_answer_as_generate_does(family):
 
     assert texts.pop("full") == generate()
     assert texts.pop("attention oracle") and texts.pop("attention oracle, a row")
-    for variant in compare_all(BUDGET, None):
+    variants = compare(BUDGET, None)
+    assert len(variants) >= 6
+    for variant in variants:
         with vl_cache(family.model, variant.config, policy=variant.policy):
             assert texts.pop(variant.name) == generate(), variant.name
     assert not texts

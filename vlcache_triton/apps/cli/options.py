@@ -32,6 +32,7 @@ class PolicyName(str, Enum):
     mixkv = "mixkv"
     aircache = "aircache"
     tgv_kv = "tgv_kv"
+    query_agnostic = "query_agnostic"
     full = "full"
 
     def load(self) -> Policy:

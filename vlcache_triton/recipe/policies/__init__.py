@@ -18,6 +18,7 @@ from .mixkv import mixkv
 from .outside import outside_scores
 from .policy import Policy, PromptStatistics
 from .pyramidkv import pyramidkv
+from .query_agnostic import query_agnostic
 from .sharing import adaptive_heads
 from .snapkv import snapkv
 from .sparsemm import sparsemm
@@ -41,6 +42,7 @@ POLICIES = (
     mixkv(),
     aircache(),
     tgv_kv(),
+    query_agnostic(),
     full(),
 )
 
@@ -61,6 +63,7 @@ __all__ = [
     "mixkv",
     "outside_scores",
     "pyramidkv",
+    "query_agnostic",
     "random_tokens",
     "snapkv",
     "sparsemm",
