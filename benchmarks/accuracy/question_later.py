@@ -26,6 +26,7 @@ from vlcache_triton.apps.evaluation.run import end_tokens, read_results
 from vlcache_triton.apps.formreader import load_form_reader
 from vlcache_triton.integrations.transformers import vl_cache
 from vlcache_triton.recipe.policies import (
+    PromptStatistics,
     h2o,
     keydiff,
     mixkv,
@@ -42,11 +43,17 @@ BUDGETS = (0.05, 0.1, 0.2)
 def unknown(budget: float) -> list[Variant]:
     """Compressed before the question: all with a row for what is evicted, and one without."""
     config = VLCacheConfig(budget=budget, remainder="mean")
-    policies = (query_agnostic(), keydiff(), mixkv(window=1), h2o(), snapkv(), random_tokens())
+    policies = (query_agnostic(), mixkv(window=1), h2o(), snapkv(), random_tokens())
     variants = [Variant(policy.name, config, policy) for policy in policies]
-    choices = {**query_agnostic().choices, "remainder": "none"}
-    without = replace(query_agnostic(), choices=choices)
-    return [*variants, Variant("query_agnostic, no row", config, without)]
+    weighed = replace(query_agnostic(), score=distinct_and_long)
+    without = Variant("query_agnostic without the row", VLCacheConfig(budget=budget), keydiff())
+    return [*variants, Variant("query_agnostic by value norms", config, weighed), without]
+
+
+def distinct_and_long(statistics: PromptStatistics) -> torch.Tensor:
+    """(1 - cosine to the mean unit key) * value norm."""
+    assert statistics.key_cosine is not None and statistics.value_norm is not None
+    return (1 - statistics.key_cosine) * statistics.value_norm
 
 
 def known(budget: float) -> list[Variant]:

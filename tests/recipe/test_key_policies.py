@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from prompts import make_layers
 from ranked import CONFIG, KEEP, LENGTH, SHARPNESS, best, column_sums, kept, run, smoothed
 
+from vlcache_triton import VLCacheConfig
 from vlcache_triton.recipe.policies import keydiff, mixkv, outside_scores, query_agnostic
 
 
@@ -55,18 +56,11 @@ def test_mixkv_mixes_importance_and_diversity(window, pool):
     assert max(alike) > 0.7 and min(alike) < 0.3
 
 
-def test_query_agnostic_keeps_distinct_keys_of_long_values_and_a_row():
-    policy = query_agnostic()
-    plan, _, layers = run(policy)
-    assert policy.configure(CONFIG).remainder == "mean" and plan.prompt.query_rows == (1,)
+def test_query_agnostic_is_keydiff_with_a_row_for_the_rest():
+    plan, _, layers = run(query_agnostic())
     assert plan.evicted.unique().tolist() == [LENGTH - KEEP + 1]
-    for i, layer in enumerate(layers):
-        keys = F.normalize(layer.k.double().transpose(0, 1), dim=-1)
-        anchor = F.normalize(keys.mean(1, keepdim=True), dim=-1)
-        norms = layer.v.double().norm(dim=-1).T
-        scores = (1 - (keys * anchor).sum(-1)) * norms
-        for head, row in enumerate(scores.tolist()):
-            assert kept(plan, i, head) == best(row, KEEP - 2, 0, LENGTH - 1)
+    fewer = run(keydiff(), VLCacheConfig(budget=KEEP - 1), layers=layers)[0]
+    assert torch.equal(plan.indices, fewer.indices)
 
 
 def test_scores_from_outside_rank():
