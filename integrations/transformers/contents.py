@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from math import isnan
 from typing import Any
 
 import torch
@@ -51,6 +50,7 @@ class Contents:
     prompt: the one that was announced last.
     plan, report: what compression has kept of it; None where nothing was compressed.
     allocator: where packed memory comes from; None for memory of one's own.
+    make_compressor: makes what takes a prompt's layers; called as PromptCompressor is.
     packs_whole: whether even prompts that are not compressed are packed.
 
     Args:
@@ -124,8 +124,20 @@ class Contents:
         plan, packed.ragged = compressor.pack(self.head_room, allocate)
         if compressor.compresses:
             self.plan = plan
-            self.report = self._make_report(plan, compressor.bytes_seen, packed.ragged.nbytes)
+            self.report = CompressionReport.of(
+                plan,
+                self.config.budget,
+                self.layers,
+                compressor.bytes_seen,
+                packed.ragged.nbytes,
+            )
         self.state = packed
+
+    def hold(self, plan: CompressionPlan, ragged: RaggedCache) -> None:
+        """Take what has been packed elsewhere, in place of reading a prompt."""
+        packed = PackedCache(plan.prompt.pads, plan.prompt.padded_length)
+        packed.ragged = ragged
+        self.prompt, self.plan, self.state = plan.prompt, plan, packed
 
     def stop_reading(self) -> bool:
         """At the end of a pass: a prompt that is still being read stays dense, as far as it is
@@ -147,18 +159,3 @@ class Contents:
         if self.packed is not None:
             ragged = self.packed.ragged
             ragged.backend = get_backend(self.backend_name, ragged.k.device)
-
-    def _make_report(
-        self, plan: CompressionPlan, bytes_before: int, bytes_allocated: int
-    ) -> CompressionReport:
-        dense_rows = plan.head_keep.numel() * plan.prompt.padded_length
-        return CompressionReport(
-            budget=self.config.budget,
-            layers=self.layers,
-            sparsity=[[None if isnan(x) else x for x in row] for row in plan.sparsity.tolist()],
-            kept=plan.keep.tolist(),
-            lengths=list(plan.prompt.lengths),
-            bytes_before=bytes_before,
-            bytes_after=bytes_before * int(plan.head_keep.sum()) // dense_rows,
-            bytes_allocated=bytes_allocated,
-        )

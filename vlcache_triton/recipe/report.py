@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import isnan
+
+from .plan import CompressionPlan
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,28 @@ class CompressionReport:
     bytes_before: int
     bytes_after: int
     bytes_allocated: int
+
+    @classmethod
+    def of(
+        cls,
+        plan: CompressionPlan,
+        budget: float | int,
+        layers: Sequence[int],
+        bytes_before: int,
+        bytes_allocated: int,
+    ) -> CompressionReport:
+        """Of what a plan keeps; the other arguments are fields of the same name."""
+        dense_rows = plan.head_keep.numel() * plan.prompt.padded_length
+        return cls(
+            budget=budget,
+            layers=list(layers),
+            sparsity=[[None if isnan(x) else x for x in row] for row in plan.sparsity.tolist()],
+            kept=plan.keep.tolist(),
+            lengths=list(plan.prompt.lengths),
+            bytes_before=bytes_before,
+            bytes_after=bytes_before * int(plan.head_keep.sum()) // dense_rows,
+            bytes_allocated=bytes_allocated,
+        )
 
     def to_dict(self) -> dict:
         """Ready for JSON."""

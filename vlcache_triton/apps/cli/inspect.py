@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vlcache_triton import VLCacheConfig
+
 from .console import UserError, bar, print_json, size, waiting
 from .options import (
     BudgetOption,
@@ -36,6 +38,16 @@ if TYPE_CHECKING:
     from .vlm import VisionLanguageModel
 
 
+DrawOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="FOLDER",
+        help="Also draw pictures of what is kept, by layer and summed, in here.",
+    ),
+]
+
+
 def inspect(
     image: ImageOption,
     prompt: PromptOption,
@@ -43,13 +55,7 @@ def inspect(
     budget: BudgetOption = 0.1,
     policy: PolicyOption = PolicyName.vl_cache,
     preset: PresetOption = Preset.paper,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Also draw pictures of what is kept, by layer and summed, in here.",
-        ),
-    ] = None,
+    out: DrawOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.auto,
     json: JsonOption = False,
@@ -73,11 +79,14 @@ def inspect(
     vlm = VisionLanguageModel(model, device=device, dtype=dtype.value)
     inputs = vlm.encode(images, prompt)
     variant = Variant("inspected", config, policy.load())
-    with waiting("reading the prompt"):
-        report = vlm.answer(inputs, config, 1, policy=variant.policy).report
+    if out is None:
+        with waiting("reading the prompt"):
+            report = vlm.answer(inputs, config, 1, policy=variant.policy).report
+        pictures: list[Path] = []
+    else:
+        report, pictures = _draw(out, images, vlm, inputs, variant)
     if report is None:
         raise UserError("image: the processor made no image tokens, so nothing was compressed")
-    pictures = [] if out is None else _draw(out, images, vlm, inputs, variant, report)
     if json:
         paths = [str(path) for path in image]
         drawn = [str(path) for path in pictures]
@@ -99,33 +108,35 @@ def inspect(
 
 
 def _draw(
-    out: Path,
-    images: list[Image.Image],
-    vlm: VisionLanguageModel,
-    inputs: Any,
-    variant: Variant,
-    report: CompressionReport,
-) -> list[Path]:
-    """Pictures of the prompt; where the image's grid cannot be told, of the budgets alone."""
+    out: Path, images: list[Image.Image], vlm: VisionLanguageModel, inputs: Any, variant: Variant
+) -> tuple[CompressionReport | None, list[Path]]:
+    """What compression would do, None where nothing; pictures of the prompt, and of the budgets
+    alone where the image's grid cannot be told."""
     import torch
 
-    from vlcache_triton.apps.evaluation.recording import Recording
+    from vlcache_triton.apps.evaluation import Query, prefill
     from vlcache_triton.apps.pictures import UnknownGridError, draw_report, image_grids
     from vlcache_triton.integrations.transformers import vl_cache
 
+    from .vlm import refusals
+
+    with waiting("reading the prompt"), refusals():
+        with vl_cache(vlm.model, VLCacheConfig(budget=1.0), cuda_graph=False):
+            query = Query(dict(inputs), torch.empty(0, dtype=torch.int64))
+            recording, _ = prefill(vlm.model, query, 1)
+        if not recording.prompt.is_compressible:
+            return None, []
+        plan, (_, stats) = recording.plan_for(variant), recording.measure(variant)
+        report = recording.report(variant, plan)
     try:
         grids = image_grids(vlm.model, vlm.processor, inputs)
     except UnknownGridError as error:
         print(f"no pictures of the image: {error}", file=sys.stderr)
         grids = []
+    scores = torch.stack([x.post_vision.scores for x in stats])
     with waiting("drawing"):
-        with vl_cache(vlm.model, variant.config), torch.no_grad():
-            recording = Recording(vlm.model.config)
-            vlm.model(**inputs, cache=recording, use_cache=True)
-        plan, (_, stats) = recording.plan_for(variant), recording.measure(variant)
-        scores = torch.stack([x.post_vision.scores for x in stats])
         try:
-            return draw_report(out, images, grids, plan, scores, report.layers)
+            return report, draw_report(out, images, grids, plan, scores, report.layers)
         except OSError as error:
             raise UserError(f"out: cannot write to {str(out)!r}: {error.strerror}") from error
 

@@ -93,7 +93,7 @@ class VisionLanguageModel:
 
     def encode(self, images: Sequence[Image.Image], prompt: str) -> Any:
         """A user's turn, images first, as the inputs of `generate`, on the model's device."""
-        with _refusals():
+        with refusals():
             return encode(self.model, self.processor, images, prompt)
 
     def answer(
@@ -122,7 +122,7 @@ class VisionLanguageModel:
         }
         report = None
         started = self._now()
-        with _refusals():
+        with refusals():
             if policy.configure(config).is_lossless:
                 output = self.model.generate(**arguments)
             else:
@@ -184,7 +184,7 @@ def open_images(paths: Sequence[Path]) -> list[Image.Image]:
     Raises:
         UserError: naming the file that cannot be read as an image.
     """
-    with _refusals():
+    with refusals():
         return [read_image(path) for path in paths]
 
 
@@ -195,7 +195,7 @@ def _dense_bytes(cache: Any, prompt_length: int) -> int:
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
+def refusals() -> Iterator[None]:
     """What the libraries refuse is for the user to put right."""
     try:
         yield

@@ -1,6 +1,6 @@
 """Does a compressed cache answer as the full one does? Questions, policies, and their scores."""
 
-from .decode import Query
+from .decode import Query, prefill
 from .items import SUITES, Item, Suite, encode_form, form_item, read_items
 from .markdown import report
 from .plots import plot, plot_first
@@ -25,6 +25,7 @@ __all__ = [
     "names",
     "plot",
     "plot_first",
+    "prefill",
     "read_items",
     "read_results",
     "report",

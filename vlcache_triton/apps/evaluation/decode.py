@@ -46,7 +46,7 @@ def prefill(model: Any, query: Query, max_new_tokens: int) -> tuple[Recording, T
     `[1, vocab_size]`."""
     room = len(query.continuation) + max_new_tokens
     recording = Recording(model.config, max_new_tokens=room)
-    out = model(**query.inputs, cache=recording, use_cache=True)
+    out = model(**query.inputs, cache=recording.cache, use_cache=True)
     recording.keep_other_layers()
     return recording, out.logits[:, -1]
 
@@ -88,7 +88,7 @@ def full_answer(
     The attention is `[num_layers, num_kv_heads, length]` fp32, over the rows of the answer's own
     tokens; None where the answer was one token, which no row had to be decoded for.
     """
-    (tokens,) = answer(model, recording, logits, query, max_new_tokens, eos)
+    (tokens,) = answer(model, recording.cache, logits, query, max_new_tokens, eos)
     num_rows = len(tokens) - 1
     return tokens, recording.answer_attention(num_rows) if num_rows else None
 

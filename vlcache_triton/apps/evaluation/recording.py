@@ -16,12 +16,12 @@ from vlcache_triton.integrations.transformers.support import check_made_for
 from vlcache_triton.kernels.types import PostVisionStats
 from vlcache_triton.ops import Backend
 from vlcache_triton.pool.compress import PromptCompressor, move_layer, shape_of
-from vlcache_triton.pool.packed import PackedCache
 from vlcache_triton.pool.ragged import RaggedCache
 from vlcache_triton.pool.shape import PoolShape
 from vlcache_triton.recipe.config import VLCacheConfig
 from vlcache_triton.recipe.plan import CompressionPlan, make_plan
 from vlcache_triton.recipe.prompt import Prompt, count_query_rows
+from vlcache_triton.recipe.report import CompressionReport
 from vlcache_triton.recipe.statistics import LayerStats
 
 from .variants import Variant
@@ -71,21 +71,37 @@ class _Recorder(PromptCompressor):
         return super().pack(head_room, _Watched)
 
 
-class Recording(VLCache):
+class Recording:
     """The full cache of one prompt, in the ragged layout, with all that a policy may look at.
 
-    Hand it to the model as `cache` of the prompt's forward pass inside a vl_cache block,
-    and decode on it for the full cache's answer. `compress` makes compressed copies of the prompt.
+    cache: for the model's forward pass over the prompt, inside a vl_cache block, and for the full
+        cache's answer behind it. `compress` makes compressed copies of the prompt.
+
+    Args:
+        max_new_tokens: room behind the prompt, here and in the copies.
     """
 
-    def __init__(self, model_config: Any, **kwargs: Any) -> None:
-        super().__init__(model_config, VLCacheConfig(budget=1.0), **kwargs)
-        self.model_config = model_config
-        self.other_layers: dict[int, Any] = {}
+    def __init__(self, model_config: Any, max_new_tokens: int) -> None:
+        lossless = VLCacheConfig(budget=1.0)
+        self.model_config, self.max_new_tokens = model_config, max_new_tokens
+        self.cache = VLCache(model_config, lossless, max_new_tokens=max_new_tokens)
         self._recorded: list[_Layer] = []
         self._stats: dict[Hashable, list[LayerStats]] = {}
-        self.contents.make_compressor = functools.partial(_Recorder, self._recorded)
-        self.contents.packs_whole = True
+        self._other_layers: dict[int, Any] = {}
+        contents = self.cache.contents
+        contents.make_compressor = functools.partial(_Recorder, self._recorded)
+        contents.packs_whole = True
+
+    @property
+    def prompt(self) -> Prompt:
+        """The one that was read."""
+        assert self.cache.prompt is not None
+        return self.cache.prompt
+
+    @property
+    def _ragged(self) -> _Watched:
+        assert isinstance(self.cache.ragged, _Watched)
+        return self.cache.ragged
 
     @property
     def prompt_bytes(self) -> int:
@@ -99,9 +115,10 @@ class Recording(VLCache):
 
     def keep_other_layers(self) -> None:
         """Remember windows and states as the prompt left them: call it before decoding."""
-        self.other_layers = {
-            i: copy.deepcopy(layer, {id(self.contents): self.contents})
-            for i, layer in enumerate(self.layers)
+        contents = self.cache.contents
+        self._other_layers = {
+            i: copy.deepcopy(layer, {id(contents): contents})
+            for i, layer in enumerate(self.cache.layers)
             if not isinstance(layer, VLCacheLayer)
         }
 
@@ -109,11 +126,10 @@ class Recording(VLCache):
         """What the last `num_rows` rows decoded say of each layer of the full cache: the attention
         that each token received, summed over rows and averaged over the query heads of a KV head,
         and how sparse it is."""
-        assert isinstance(self.ragged, _Watched)
-        ragged, stats = self.ragged, []
+        ragged, stats = self._ragged, []
         for layer, recorded in enumerate(self._recorded):
             starts = ragged.cu_seqlens_k[layer, :-1].long()
-            rows = starts[:, None] + torch.arange(self.get_seq_length(), device=starts.device)
+            rows = starts[:, None] + torch.arange(self.cache.get_seq_length(), device=starts.device)
             k = ragged.k[rows, 0].transpose(0, 1).contiguous()  # [num_seen, num_kv_heads, d]
             q = torch.cat(ragged.queries[layer])[-num_rows:]
             cu_seqlens = [
@@ -136,18 +152,16 @@ class Recording(VLCache):
     def answer_attention(self, num_rows: int) -> Tensor:
         """What the last `num_rows` rows decoded paid to each token of the prompt, `[num_layers,
         num_kv_heads, length]` fp32."""
-        assert self.prompt is not None
         length = self.prompt.padded_length
         return torch.stack([stats.scores[:, :length] for stats in self.answer_stats(num_rows)])
 
-    def compress(self, plans: Sequence[CompressionPlan]) -> CompressedCopies:
+    def compress(self, plans: Sequence[CompressionPlan]) -> VLCache:
         """One cache of as many sequences as plans: the prompt, compressed in each way.
 
         Memory: what is kept, and the dense K and V of one layer for each plan in passing.
         """
-        assert self.ragged is not None
-        plan, backend = _stack_plans(plans), self.ragged.backend
-        num_seqs, head_room = plan.head_keep.shape[1], self.contents.head_room
+        plan, backend = _stack_plans(plans), self._ragged.backend
+        num_seqs, head_room = plan.head_keep.shape[1], self.cache.contents.head_room
         k, v = self._recorded[0].k, self._recorded[0].v
         shape = shape_of(plan, head_room, k, v, plan.evicted is not None)
         ragged = RaggedCache(shape, backend)
@@ -156,20 +170,35 @@ class Recording(VLCache):
         for layer, recorded in enumerate(self._recorded):
             k, v = (x.repeat(num_seqs, 1, 1) for x in (recorded.k, recorded.v))
             move_layer(plan, ragged, layer, k, v, starts, lengths)
-        return CompressedCopies(self, plan, ragged)
+        copies = VLCache(self.model_config, max_new_tokens=self.max_new_tokens)
+        copies.contents.hold(plan, ragged)
+        # Positions of M-RoPE lag behind alike.
+        copies.rope_deltas = [
+            None if x is None else x.expand(num_seqs, -1) for x in self.cache.rope_deltas
+        ]
+        for i, layer in self._other_layers.items():
+            layer = copy.deepcopy(layer, {id(self.cache.contents): copies.contents})
+            layer.batch_repeat_interleave(num_seqs)
+            copies.layers[i] = layer
+        return copies
+
+    def report(self, variant: Variant, plan: CompressionPlan) -> CompressionReport:
+        """What a variant's compression does, as a session would report it."""
+        allocated = self.compress([plan]).ragged
+        assert allocated is not None
+        layers, budget = self.cache.contents.layers, variant.effective.budget
+        return CompressionReport.of(plan, budget, layers, self.prompt_bytes, allocated.nbytes)
 
     def plan_for(self, variant: Variant) -> CompressionPlan:
         """What a variant keeps of the prompt."""
-        assert self.ragged is not None
         prompt, stats = self.measure(variant)
-        return make_plan(stats, prompt, variant.effective, self.ragged.backend, variant.policy)
+        return make_plan(stats, prompt, variant.effective, self._ragged.backend, variant.policy)
 
     def measure(self, variant: Variant) -> tuple[Prompt, list[LayerStats]]:
         """The prompt with a variant's query rows, and what they say of each layer; measured once
         for all variants that look at the same."""
-        assert self.prompt is not None and self.ragged is not None
         check_made_for(variant.policy, self.model_config)
-        config, backend = variant.effective, self.ragged.backend
+        config, backend = variant.effective, self._ragged.backend
         (post_vision,), (length,) = self.prompt.query_rows, self.prompt.lengths
         rows = count_query_rows(post_vision, length, config, variant.policy)
         prompt = dataclasses.replace(self.prompt, query_rows=(rows,))
@@ -192,24 +221,6 @@ class Recording(VLCache):
                 for layer, x in enumerate(self._recorded)
             ]
         return prompt, self._stats[key]
-
-
-class CompressedCopies(VLCache):
-    """One prompt, compressed in several ways: a batch to decode on. `plan` says what was kept."""
-
-    def __init__(self, source: Recording, plan: CompressionPlan, ragged: RaggedCache) -> None:
-        super().__init__(source.model_config, backend=source.contents.backend_name)
-        packed = PackedCache(plan.prompt.pads, plan.prompt.padded_length)
-        packed.ragged = ragged
-        self.contents.prompt, self.contents.plan, self.contents.state = plan.prompt, plan, packed
-        # Positions of M-RoPE lag behind alike.
-        self.rope_deltas = [
-            None if x is None else x.expand(len(packed.pads), -1) for x in source.rope_deltas
-        ]
-        for i, layer in source.other_layers.items():
-            layer = copy.deepcopy(layer, {id(source.contents): self.contents})
-            layer.batch_repeat_interleave(len(plan.prompt.pads))
-            self.layers[i] = layer
 
 
 def _stack_plans(plans: Sequence[CompressionPlan]) -> CompressionPlan:

@@ -53,7 +53,7 @@ def evaluate_item(
 
     with vl_cache(model, VLCacheConfig(budget=1.0), cuda_graph=False):
         recording, logits = prefill(model, query, item.max_new_tokens)
-        if recording.prompt is None or not recording.prompt.is_compressible:
+        if not recording.prompt.is_compressible:
             raise ValueError(f"item {item.index} of {item.suite}: got no image, expected one")
         tokens, attention = full_answer(model, recording, logits, query, item.max_new_tokens, eos)
         rows = [row(FULL, 1.0, Reply(tokens, 1.0, recording.prompt_bytes), tokens)]

@@ -32,7 +32,7 @@ def measure_sparsity(
         with vl_cache(model, VLCacheConfig(budget=1.0), cuda_graph=False):
             recording, logits = prefill(model, query, max_new_tokens)
             found["prefill"].append(
-                [_sparsity(stats) for stats in recording.measure(Variant("", config))[1]]
+                [_sparsity(x.post_vision) for x in recording.measure(Variant("", config))[1]]
             )
             tokens, _ = full_answer(model, recording, logits, query, max_new_tokens, eos)
             if len(tokens) > 1:
