@@ -101,7 +101,9 @@ class Candidate:
             if self.shares_heads:
                 counts = adaptive_heads(ranked[None], torch.tensor([count]), SAFEGUARD)[0]
             for head in range(num_kv_heads):
-                mask[layer, head, ranked[head].topk(int(counts[head])).indices] = True
+                # Equal scores, which maxima of neighbours are: the lower position, as the recipe.
+                order = ranked[head].sort(descending=True, stable=True).indices
+                mask[layer, head, order[: int(counts[head])]] = True
         return mask
 
     def _density(self, seen: Seen) -> Tensor:
@@ -291,7 +293,7 @@ CANDIDATES = [
     ),
     Candidate("paper, one set a layer", lambda s: one_set(grouped(last(s)))),
     Candidate("random", random_scores, allocation="uniform", recent_fraction=0.0),
-    Candidate("hindsight", lambda s: grouped(s.decoded), recent_fraction=0.0),
+    Candidate("attention oracle", lambda s: grouped(s.decoded), recent_fraction=0.0),
 ]
 #: SnapKV's own choices, about as many candidates as `tuned()` was chosen from.
 CANDIDATES += [
