@@ -126,7 +126,7 @@ def draw_curves(cells: Sequence[Cell], suite: str) -> Figure:
         axes.grid(alpha=0.25)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=min(len(labels), 8), fontsize=8
+        handles, labels, loc="outside lower center", ncols=min(len(labels), 6), fontsize=8
     )
     num_items = max((c.num_items for c in here), default=0)
     figure.suptitle(f"{suite}: {num_items} items (shaded: 95 % interval)")
