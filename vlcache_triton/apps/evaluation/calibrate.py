@@ -105,7 +105,7 @@ def head_losses(
             wanted = expected.expand(len(some), -1)
             losses.append(F.cross_entropy(rows.transpose(1, 2), wanted, reduction="none").mean(1))
     loss = torch.cat(losses).cpu()
-    return (loss[1:] - loss[0]).view(num_layers, num_kv_heads, len(levels)), recording.made_for
+    return (loss[1:] - loss[0]).view(num_layers, num_kv_heads, len(levels)), recording.cache.made_for
 
 
 def _planner(
@@ -113,8 +113,7 @@ def _planner(
 ) -> tuple[Callable[[Tensor], CompressionPlan], torch.Size]:
     """(tokens of each head `[num_layers, num_kv_heads]` -> the plan of the recorded prompt, ranked
     as the variant does; num_layers, num_kv_heads, length)."""
-    assert recording.ragged is not None
-    backend, config = recording.ragged.backend, variant.effective
+    backend, config = recording.backend, variant.effective
     prompt, stats = recording.measure(variant)
     scores, _ = rank_tokens(stats, stack_layers(stats), prompt, config, variant.policy)
     unmeasured = torch.full((len(scores), 1), torch.nan, dtype=torch.float64)

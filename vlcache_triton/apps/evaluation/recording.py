@@ -104,6 +104,11 @@ class Recording:
         return self.cache.ragged
 
     @property
+    def backend(self) -> Backend:
+        """What it is measured and compressed by."""
+        return self._ragged.backend
+
+    @property
     def prompt_bytes(self) -> int:
         """K and V of the prompt in the layers that are compressed."""
         return sum(layer.k.nbytes + layer.v.nbytes for layer in self._recorded)
@@ -160,7 +165,7 @@ class Recording:
 
         Memory: what is kept, and the dense K and V of one layer for each plan in passing.
         """
-        plan, backend = _stack_plans(plans), self._ragged.backend
+        plan, backend = _stack_plans(plans), self.backend
         num_seqs, head_room = plan.head_keep.shape[1], self.cache.contents.head_room
         k, v = self._recorded[0].k, self._recorded[0].v
         shape = shape_of(plan, head_room, k, v, plan.evicted is not None)
@@ -192,13 +197,13 @@ class Recording:
     def plan_for(self, variant: Variant) -> CompressionPlan:
         """What a variant keeps of the prompt."""
         prompt, stats = self.measure(variant)
-        return make_plan(stats, prompt, variant.effective, self._ragged.backend, variant.policy)
+        return make_plan(stats, prompt, variant.effective, self.backend, variant.policy)
 
     def measure(self, variant: Variant) -> tuple[Prompt, list[LayerStats]]:
         """The prompt with a variant's query rows, and what they say of each layer; measured once
         for all variants that look at the same."""
         check_made_for(variant.policy, self.model_config)
-        config, backend = variant.effective, self._ragged.backend
+        config, backend = variant.effective, self.backend
         (post_vision,), (length,) = self.prompt.query_rows, self.prompt.lengths
         rows = count_query_rows(post_vision, length, config, variant.policy)
         prompt = dataclasses.replace(self.prompt, query_rows=(rows,))
