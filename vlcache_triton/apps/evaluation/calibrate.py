@@ -105,7 +105,8 @@ def head_losses(
             wanted = expected.expand(len(some), -1)
             losses.append(F.cross_entropy(rows.transpose(1, 2), wanted, reduction="none").mean(1))
     loss = torch.cat(losses).cpu()
-    return (loss[1:] - loss[0]).view(num_layers, num_kv_heads, len(levels)), recording.cache.made_for
+    losses_by_head = (loss[1:] - loss[0]).view(num_layers, num_kv_heads, len(levels))
+    return losses_by_head, recording.cache.made_for
 
 
 def _planner(
