@@ -23,6 +23,7 @@ WRONG = {
     "group_reduction": ("sum", None, True, {"max"}),
     "smoothing": (0, 2, 3.0, "3", None, True),
     "remainder": ("sum", None, True, 1, ("mean",)),
+    "max_cache_tokens": (0, 1, -3, 2.0, "16", False),
     "max_query_rows": (0, -3, 2.0, "16", False),
     "text_window": (0, 1.5, "16", True),
 }
@@ -52,6 +53,7 @@ def test_a_budget_of_the_int_1_is_refused_with_what_was_meant(one):
         assert "expected 1.0 (the whole cache)" in str(error.value)
     assert VLCacheConfig(budget=1.0).is_lossless
     assert not VLCacheConfig(budget=2).is_lossless
+    assert not VLCacheConfig(budget=1.0, max_cache_tokens=100).is_lossless
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, Fraction])
@@ -66,7 +68,7 @@ def test_a_number_of_another_kind_is_a_float(kind):
 
 @pytest.mark.parametrize("kind", [np.int8, np.int64, np.uint16])
 def test_an_integer_of_another_kind_is_an_int(kind):
-    names = ("budget", "smoothing", "max_query_rows", "text_window")
+    names = ("budget", "smoothing", "max_cache_tokens", "max_query_rows", "text_window")
     config = VLCacheConfig(**{name: kind(7) for name in names})
     assert config == VLCacheConfig(**dict.fromkeys(names, 7))
     assert all(type(getattr(config, name)) is int for name in names)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -67,6 +69,7 @@ def begin(generator, window, is_chunked, prompt_length):
 def step(generator, rings, dense, n):
     """A pass of n rows; what it attends to agrees in every layer."""
     rings.advance(dense.k.shape[3], n)
+    assert int(rings.seen) == dense.k.shape[3]
     k = random(generator, LAYERS, len(PADS), KV_HEADS, n, D)
     v = random(generator, LAYERS, len(PADS), KV_HEADS, n, D_V)
     dense.append(k, v)
@@ -108,9 +111,47 @@ def test_steps_taken_back_leave_nothing(taken: int, is_chunked: bool) -> None:
     for _ in range(30):
         step(generator, rings, dense, 1)
     dense.k, dense.v = dense.k[..., :-taken, :], dense.v[..., :-taken, :]
-    rings.take_back(dense.k.shape[3])
+    rings.take_back(taken)
     step(generator, rings, dense, 3)
     step(generator, rings, dense, 1)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    window=st.integers(2, 12),
+    is_chunked=st.booleans(),
+    passes=st.lists(
+        st.tuples(st.sampled_from([1, 2, 7, 35]), st.integers(0, 34), st.integers(0, 34)),
+        min_size=1,
+        max_size=8,
+    ),
+    seed=st.integers(0, 2**16),
+)
+def test_pads_of_later_passes_are_nowhere(window, is_chunked, passes, seed) -> None:
+    """A padded batch, and each of its sequences in rings of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    both, _ = begin(generator, window, is_chunked, 20)
+    alone = []
+    for seq in range(2):
+        shape = dataclasses.replace(both.shape, num_seqs=1)
+        alone.append(WindowRings(shape))
+        for name in ("k", "v"):
+            getattr(alone[seq], name).copy_(getattr(both, name)[:, seq : seq + 1])
+        for name in ("_positions", "_next"):
+            getattr(alone[seq], name).copy_(getattr(both, name)[seq : seq + 1])
+    for n, *pads in passes:
+        pads = [min(x, n - 1) for x in pads]
+        both.advance(99, n, torch.tensor(pads) if any(pads) else None)
+        k = random(generator, len(PADS), KV_HEADS, n, D)
+        v = random(generator, len(PADS), KV_HEADS, n, D_V)
+        q = random(generator, len(PADS), HEADS, n, D)
+        out = both.attend(q, *both.append(0, k, v), 0.3)
+        assert out.isfinite().all()
+        for seq, pad in enumerate(pads):
+            rows = [x[seq : seq + 1, :, pad:] for x in (q, k, v)]
+            alone[seq].advance(99, n - pad)
+            expected = alone[seq].attend(rows[0], *alone[seq].append(0, *rows[1:]), 0.3)
+            torch.testing.assert_close(out[seq, pad:], expected[0])
 
 
 def test_one_row_changes_nothing_but_memory_in_place() -> None:

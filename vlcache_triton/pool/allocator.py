@@ -61,6 +61,10 @@ class PoolAllocator:
             pool.parts[make] = make(shape)
         return pool.parts[make]
 
+    def forget(self, owner: object) -> None:
+        """Lend what this owner has to nobody after it."""
+        self._pools = [pool for pool in self._pools if pool.owner() is not owner]
+
     def clear(self) -> None:
         """Keep nothing: what is lent goes with its owners."""
         self._pools.clear()

@@ -15,6 +15,8 @@ from torch import Tensor
 from ..kernels.types import MAX_SEQLEN_Q
 from ..ops import Backend, get_backend
 from ..recipe.plan import CompressionPlan
+from ..recipe.prompt import to_device
+from ..recipe.turn import Eviction
 from .shape import PoolShape, kind_of
 from .softcap import capped_attention
 
@@ -31,8 +33,9 @@ class RaggedCache:
         device, and nothing on the host depends on them.
     max_seqlen_k: bound of every segment's rows, head room included.
     room: rows that every segment can still take.
-    first_key_bias: `[num_layers, num_segments]` fp32, log(n) where a segment's first row is the
-        mean of n evicted ones, else 0; None in a cache that has no such rows.
+    num_evicted: `[num_layers, num_segments]` int32, n where a segment's first row is the mean of n
+        evicted ones, else 0; None in a cache that has no such rows.
+    first_key_bias: `[num_layers, num_segments]` fp32, log(n) there, else 0; None likewise.
 
     A layer's segments are ordered by sequence, then KV head. Memory: (kept + head room) rows.
     """
@@ -47,10 +50,11 @@ class RaggedCache:
             num_layers, num_segments + 1, dtype=torch.int32, device=device
         )
         self.seqused_k = torch.zeros(num_layers, num_segments, dtype=torch.int32, device=device)
+        self.num_evicted: Tensor | None = None
         self.first_key_bias: Tensor | None = None
         if shape.has_remainder:
+            self.num_evicted = torch.zeros_like(self.seqused_k)
             self.first_key_bias = torch.zeros(num_layers, num_segments, device=device)
-        self._evicted: Tensor | None = None  # [num_layers, num_segments], where rows stand for it
         self._first_tokens = self.cu_seqlens_k  # where compact_layer begins
         self.num_kv_heads, self.backend = shape.num_kv_heads, backend
         self.max_seqlen_k, self.room = shape.max_seqlen_k, 0
@@ -77,20 +81,24 @@ class RaggedCache:
         Every tensor stays where it is, so that a captured graph may go on reading it.
         """
         kept = plan.head_keep.flatten(1)  # [num_layers, num_segments]
-        self._place((kept + room).tolist())
-        self.seqused_k.copy_(kept)
+        evicted = torch.zeros_like(kept) if plan.evicted is None else plan.evicted.flatten(1)
+        self._lay_out(kept, evicted, room)
+
+    def _lay_out(self, rows: Tensor, evicted: Tensor, room: int) -> None:
+        """Segments of these `rows`, `[num_layers, num_segments]` on the host, the first of which
+        stands for `evicted` tokens where these are any."""
+        self._place((rows + room).tolist())
+        self.seqused_k.copy_(rows)
         self.room = room
         self._first_tokens = self.cu_seqlens_k
-        if self.first_key_bias is not None:
-            self.first_key_bias.zero_()
-        if plan.evicted is not None:
-            if self.first_key_bias is None:
+        if self.num_evicted is None or self.first_key_bias is None:
+            if evicted.any():
                 raise ValueError("plan: got rows for what is evicted, expected has_remainder=True")
-            evicted = plan.evicted.flatten(1)
-            self.first_key_bias.copy_(torch.where(evicted > 0, evicted.double().log(), 0.0))
-            self._evicted = evicted.int().to(self.k.device)
-            self._first_tokens = self.cu_seqlens_k.clone()
-            self._first_tokens[:, :-1] += self._evicted > 0
+            return
+        self.first_key_bias.copy_(torch.where(evicted > 0, evicted.double().log(), 0.0))
+        self.num_evicted.copy_(evicted)
+        self._first_tokens = self.cu_seqlens_k.clone()
+        self._first_tokens[:, :-1] += self.num_evicted > 0
 
     def compact_layer(
         self,
@@ -140,9 +148,9 @@ class RaggedCache:
 
     def store_means(self, layer: int, sum_k: Tensor, sum_v: Tensor) -> None:
         """Write the rows that stand for what a layer evicts, from `sum_evicted`'s sums."""
-        assert self._evicted is not None
+        assert self.num_evicted is not None
         self.backend.store_means(
-            sum_k, sum_v, self._evicted[layer], self.k, self.v, self.cu_seqlens_k[layer]
+            sum_k, sum_v, self.num_evicted[layer], self.k, self.v, self.cu_seqlens_k[layer]
         )
 
     @property
@@ -155,13 +163,20 @@ class RaggedCache:
         """Sequences of the batch."""
         return self.seqused_k.shape[1] // self.num_kv_heads
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+    def append(self, layer: int, k: Tensor, v: Tensor, pads: Tensor | None = None) -> None:
         """Write new rows k, v `[num_seqs, num_kv_heads, n, d]` behind a layer's live ones.
 
         The caller has seen to room (`reserve`), and takes it off `room` once for all layers.
-        No sync, no allocation.
+        No sync, and no allocation without pads.
+
+        Args:
+            pads: `[num_seqs]` int, how many of each sequence's first rows are pads: left out.
         """
         n = k.shape[2]
+        if pads is not None:  # real rows first; what is behind them is not live
+            row = torch.arange(n, device=k.device) + pads[:, None]
+            row = row.clamp(max=n - 1)[:, None, :, None]
+            k, v = k.take_along_dim(row, 2), v.take_along_dim(row, 2)
         self.backend.append_kv(
             k.reshape(-1, n, 1, k.shape[-1]),
             v.reshape(-1, n, 1, v.shape[-1]),
@@ -170,12 +185,15 @@ class RaggedCache:
             self.cu_seqlens_k[layer],
             self.seqused_k[layer],
         )
+        if pads is not None:
+            self.seqused_k[layer] -= pads.repeat_interleave(self.num_kv_heads).int()
 
     def attend(self, layer: int, q: Tensor, softmax_scale: float, softcap: float = 0.0) -> Tensor:
         """Causal attention of the last n rows q `[num_seqs, num_heads, n, d]` over all live ones.
 
-        Returns `[num_seqs, n, num_heads, d_v]`. More than 16 rows (a later turn of a dialogue) go
-        through torch on a padded copy of this layer's segments.
+        Returns `[num_seqs, n, num_heads, d_v]`; the rows of pads are defined, and of no use. More
+        than 16 rows (a later turn of a dialogue) go through torch on a padded copy of this layer's
+        segments.
         """
         num_seqs, num_heads, n, d = q.shape
         segments, group = num_seqs * self.num_kv_heads, num_heads // self.num_kv_heads
@@ -200,6 +218,64 @@ class RaggedCache:
         )
         out = out.view(num_seqs, self.num_kv_heads, n, group, -1).transpose(1, 2)
         return out.reshape(num_seqs, n, num_heads, -1)
+
+    def padded(self, layer: int) -> tuple[Tensor, Tensor]:
+        """A copy of a layer's k and v `[num_segments, max_seqlen_k, d]`; rows behind a segment's
+        end repeat its last live one, and are finite so."""
+        live = self.seqused_k[layer].long()[:, None]
+        column = torch.arange(self.max_seqlen_k, device=self.k.device)
+        rows = self.cu_seqlens_k[layer, :-1].long()[:, None] + column.minimum(live - 1)
+        return self.k[rows, 0], self.v[rows, 0]
+
+    def evict(
+        self,
+        eviction: Eviction,
+        room: int,
+        allocate: Callable[..., RaggedCache] | None = None,
+    ) -> RaggedCache:
+        """What stays of every segment, in another cache, with `room` free rows a segment.
+
+        A row that stands for evicted tokens takes those in that join them.
+
+        Args:
+            allocate: makes the other cache, of this size or larger; arguments as for RaggedCache.
+        """
+        tokens, evicted = eviction.tokens, eviction.evicted
+        if self.num_evicted is not None:
+            evicted = evicted + self.num_evicted.cpu()
+        rows = tokens + (evicted > 0).long()
+        num_layers, num_segments = rows.shape
+        shape = dataclasses.replace(
+            self.shape,
+            capacity=int(rows.sum()) + rows.numel() * room,
+            max_seqlen_k=int(rows.max()) + room,
+        )
+        make: Callable[..., RaggedCache] = RaggedCache if allocate is None else allocate
+        other = make(shape, self.backend)
+        other._lay_out(rows, evicted, room)
+        cu_kept = torch.tensor([0, *accumulate(tokens.flatten().tolist())], dtype=torch.int32)
+        cu_kept = to_device(cu_kept, self.k.device)
+        for layer in range(num_layers):
+            kept = (
+                self.cu_seqlens_k[layer],
+                eviction.indices,
+                cu_kept[layer * num_segments : (layer + 1) * num_segments + 1],
+            )
+            other.compact_layer(layer, self.k, self.v, *kept, int(tokens[layer].max()))
+            if self.num_evicted is None:
+                continue
+            sums = self.backend.sum_evicted(
+                self.k, self.v, *kept, self.max_seqlen_k, seqused_k=self.seqused_k[layer]
+            )
+            # A row that stood for n tokens is among them, once.
+            again = (self.num_evicted[layer] - 1).clamp(min=0)[:, None, None]
+            first = self.cu_seqlens_k[layer, :-1].long()
+            sum_k, sum_v = (
+                torch.cat([sums_, pool[first].float() * again], 1)
+                for sums_, pool in zip(sums, (self.k, self.v), strict=True)
+            )
+            other.store_means(layer, sum_k, sum_v)
+        return other
 
     def reserve(self, n: int) -> bool:
         """See to room for n rows more in every segment. True if tensors had to move.
@@ -236,9 +312,10 @@ class RaggedCache:
         for mine, its in ((self.k, other.k), (self.v, other.v)):
             its[:rows].copy_(mine[:rows])
         other.seqused_k.copy_(self.seqused_k)
-        if self.first_key_bias is not None:
-            assert other.first_key_bias is not None
+        if self.first_key_bias is not None and self.num_evicted is not None:
+            assert other.first_key_bias is not None and other.num_evicted is not None
             other.first_key_bias.copy_(self.first_key_bias)
+            other.num_evicted.copy_(self.num_evicted)
         other.room = self.room
         return other
 
@@ -248,7 +325,7 @@ class RaggedCache:
     def __getstate__(self) -> dict[str, Any]:
         """The live rows alone: what else is in the pools may never have been written."""
         live = object.__new__(RaggedCache)
-        vars(live).update(vars(self), _evicted=None, _first_tokens=None)
+        vars(live).update(vars(self), _first_tokens=None)
         live._rearrange(self.seqused_k.tolist(), None)
         return {name: x for name, x in vars(live).items() if name != "backend"}
 
@@ -277,7 +354,9 @@ class RaggedCache:
             old_starts, live = old_starts[:, segments], live[:, segments]
         self.seqused_k = live.clone()
         if self.first_key_bias is not None and segments is not None:
+            assert self.num_evicted is not None
             self.first_key_bias = self.first_key_bias[:, segments]
+            self.num_evicted = self.num_evicted[:, segments]
         self._one_row = torch.arange(live.shape[1] + 1, dtype=torch.int32, device=device)
         self.cu_seqlens_k = self.cu_seqlens_k.new_empty(num_layers, live.shape[1] + 1)
         self._place(capacities)
@@ -296,15 +375,12 @@ class RaggedCache:
         n = q.shape[2]
         live = self.seqused_k[layer].long()[:, None]
         column = torch.arange(self.max_seqlen_k, device=q.device)
-        # Columns behind a segment's end repeat its last live row: masked, but finite.
-        rows = self.cu_seqlens_k[layer, :-1].long()[:, None] + column.minimum(live - 1)
-        k = self.k[rows].transpose(1, 2)  # [num_segments, 1, max_seqlen_k, d]
-        v = self.v[rows].transpose(1, 2)
-        k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
+        k, v = (x[:, None].expand(-1, q.shape[1], -1, -1) for x in self.padded(layer))
         parts = []
         for first in range(0, n, ROWS_AT_ONCE):
             row = torch.arange(first, min(first + ROWS_AT_ONCE, n), device=q.device)
-            mask = column <= (live - n)[..., None] + row[:, None]  # [num_segments, rows, columns]
+            last = (live - n)[..., None] + row[:, None]
+            mask = column <= last.clamp(min=0)  # [num_segments, rows, columns]; pads see something
             if self.first_key_bias is not None:
                 mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf)
                 mask[..., 0] += self.first_key_bias[layer, :, None]

@@ -17,7 +17,8 @@ def layer_budgets(density: Tensor, lengths: Tensor, config: VLCacheConfig) -> Te
     β[l] = clip(d[l] / Σd * α * L, min, max) (Algorithm 1), where what clipping takes or leaves is
     poured over the unclipped layers until Σβ = αL holds again; then integers by largest
     remainder, ties to the lower layer. The total of a sequence of m tokens is exactly
-    round(α L m) (L * tokens for an absolute budget), clamped to what the bounds allow.
+    round(α L m) (L * tokens for an absolute budget), clamped to what the bounds allow, and to
+    `max_cache_tokens` a layer.
 
     With `clipping="paper"` β[l] is as written above and no more: each layer's tokens are rounded
     half up, and the total is what they add up to.
@@ -39,6 +40,22 @@ def layer_budgets(density: Tensor, lengths: Tensor, config: VLCacheConfig) -> Te
         return (_clip(weights, target, lower, upper) + 0.5).floor().long()
     total = _reachable(target, num_layers, lower, upper)
     return _largest_remainder(_pour(weights, total, lower, upper), total, upper)
+
+
+def shrink(rows: Tensor, total: Tensor, least: int) -> Tensor:
+    """Fewer of these rows, in proportion and exactly `total` in all; ties to the lower index.
+
+    Args:
+        rows: `[n, num_columns]` int.
+        total: `[num_columns]` int, at most the sum of each column's rows.
+        least: what each entry keeps, if it has as many.
+
+    Returns:
+        int64 `[n, num_columns]`.
+    """
+    upper = rows.double()
+    lower, total = upper.clamp(max=least), total.double()
+    return _largest_remainder(_pour(upper.clamp(min=1e-12), total, lower, upper), total, upper)
 
 
 def budget_bounds(
@@ -110,6 +127,8 @@ def _bounds(density: Tensor, lengths: Tensor, config: VLCacheConfig) -> tuple[Te
     """(lower, upper) bounds of a layer's budget, `[num_seqs]` fp64 integers."""
     length = lengths.to(density.device, torch.float64)
     lower = torch.maximum((config.min_layer_budget * length).ceil(), length.clamp(max=1.0))
+    if config.max_cache_tokens is not None:
+        lower = lower.clamp(max=config.max_cache_tokens)
     return lower, torch.maximum((config.max_layer_budget * length).floor(), lower)
 
 
@@ -117,8 +136,12 @@ def _target(num_layers: int, lengths: Tensor, config: VLCacheConfig) -> Tensor:
     """What the budget is for all layers together, αLm, `[num_seqs]` fp64."""
     length = lengths.double()
     if isinstance(config.budget, int):
-        return length.clamp(max=config.budget) * num_layers
-    return config.budget * num_layers * length
+        target = length.clamp(max=config.budget) * num_layers
+    else:
+        target = config.budget * num_layers * length
+    if config.max_cache_tokens is not None:
+        target = target.clamp(max=config.max_cache_tokens * num_layers)
+    return target
 
 
 def _reachable(target: Tensor, num_layers: int, lower: Tensor, upper: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ class VLCacheConfig:
     Args:
         budget: share of the prompt's KV cache that is kept over all layers, a float in (0, 1];
             or an int >= 2, the mean number of tokens kept a layer. 1.0 is lossless: nothing is
-            scored, moved or dropped. The int 1 is refused: it nearly always is a mistake for 1.0.
-            (The paper's α.)
+            scored, moved or dropped, unless `max_cache_tokens` is set. The int 1 is refused: it
+            nearly always is a mistake for 1.0. (The paper's α.)
         threshold: p of the ThresholdFilter (eq. 1), in (0, 1): an attention entry counts as zero
             below p times the maximum of its row.
         recent_fraction: share of a layer's budget that is forced to the most recent tokens,
@@ -45,6 +45,11 @@ class VLCacheConfig:
         remainder: "mean" lets one row of each KV head's budget stand for all that it evicts: their
             mean K and V, with the weight of their number (docs/remainder.md); "none" lets the
             softmax share their weight out among the kept tokens (the paper).
+        max_cache_tokens: an int >= 2, the mean number of rows a layer that a KV head of a sequence
+            may hold once a prompt or a later turn has been read; None sets no bound. A prompt's
+            budget is lowered to it. What a turn brings too much goes from all that is there, the
+            least attended by the turn's rows first; an answer may exceed it by its own length
+            (docs/recipe.md, "Later turns").
         max_query_rows: use only the last this many post-vision rows as queries; None uses all.
         text_window: for a prompt without an image: use its last this many rows as post-vision
             rows; None leaves such a prompt uncompressed.
@@ -65,6 +70,7 @@ class VLCacheConfig:
     group_reduction: GroupReduction = "mean"
     smoothing: int = 1
     remainder: Remainder = "none"
+    max_cache_tokens: int | None = None
     max_query_rows: int | None = None
     text_window: int | None = None
 
@@ -97,12 +103,12 @@ class VLCacheConfig:
         if not _is_int(self.smoothing) or self.smoothing < 1 or self.smoothing % 2 == 0:
             raise _invalid("smoothing", self.smoothing, "an odd int >= 1")
         self._set("smoothing", int(self.smoothing))
-        for name in ("max_query_rows", "text_window"):
+        for name, least in (("max_cache_tokens", 2), ("max_query_rows", 1), ("text_window", 1)):
             value = getattr(self, name)
             if value is None:
                 continue
-            if not _is_int(value) or value < 1:
-                raise _invalid(name, value, "None or an int >= 1")
+            if not _is_int(value) or value < least:
+                raise _invalid(name, value, f"None or an int >= {least}")
             self._set(name, int(value))
 
     def _set(self, name: str, value: object) -> None:
@@ -130,8 +136,9 @@ class VLCacheConfig:
 
     @property
     def is_lossless(self) -> bool:
-        """True at budget 1.0, where the cache is left exactly as it is."""
-        return isinstance(self.budget, float) and self.budget == 1.0
+        """True at budget 1.0 without a bound, where the cache is left exactly as it is."""
+        is_whole = isinstance(self.budget, float) and self.budget == 1.0
+        return is_whole and self.max_cache_tokens is None
 
 
 def _budget(budget: object) -> float | int:

@@ -34,8 +34,10 @@ class CompressionPlan:
     indices: `[total_tokens]` int32, the kept positions, packed by layer, sequence and KV head;
         relative to a sequence's first real token, ascending.
     cu_kept: `[num_layers * num_seqs * num_kv_heads + 1]` int32, where they start.
-    evicted: `[num_layers, num_seqs, num_kv_heads]` int64 on the host, how many tokens a row of each
-        KV head stands for; 0 where it has none, and None where none has.
+    evicted: `[num_layers, num_seqs, num_kv_heads]` int64 on the host, how many of the tokens a row
+        of each KV head stands for; 0 where it has none, and None where none has.
+    has_row: `[num_layers, num_seqs, num_kv_heads]` bool on the host, True where that row is there
+        from before, and takes nothing of head_keep; None where it nowhere is.
     """
 
     prompt: Prompt
@@ -44,6 +46,7 @@ class CompressionPlan:
     indices: Tensor
     cu_kept: Tensor
     evicted: Tensor | None = None
+    has_row: Tensor | None = None
 
     @property
     def num_kv_heads(self) -> int:
@@ -59,9 +62,10 @@ class CompressionPlan:
     @property
     def head_tokens(self) -> Tensor:
         """As head_keep, of tokens alone."""
-        return (
-            self.head_keep if self.evicted is None else self.head_keep - (self.evicted > 0).long()
-        )
+        if self.evicted is None:
+            return self.head_keep
+        is_new = self.evicted > 0 if self.has_row is None else (self.evicted > 0) & ~self.has_row
+        return self.head_keep - is_new.long()
 
     def kept_positions(self, layer: int, seq: int) -> Tensor:
         """`[num_kv_heads, most kept by a head]` int32 on the device, ascending along the last
@@ -84,6 +88,7 @@ def make_plan(
     config: VLCacheConfig,
     backend: Backend,
     policy: Policy = VL_CACHE,
+    has_row: Tensor | None = None,
 ) -> CompressionPlan:
     """Budgets from sparsity (eq. 2, Algorithm 1), then Top-K of the scores (recipe steps 3 to 5).
 
@@ -91,6 +96,7 @@ def make_plan(
         stats: of each layer, over the rows that `prompt.cu_seqlens` describes.
         config: as `policy.configure` returns it.
         policy: what tokens are ranked by, and how heads and layers share the budget.
+        has_row: as CompressionPlan has it.
 
     Cost: one host sync (the counts), and those of the policy; time linear in
     num_layers * num_kv_heads * total_k.
@@ -106,7 +112,7 @@ def make_plan(
             if prompt.query_rows[i]:
                 shares = policy.share_heads(scores[..., span], known[i], keep[:, i])
                 head_keep[:, i] = _checked(shares, head_keep[:, i], prompt.lengths[i])
-    return plan_from_scores(scores, density, prompt, config, backend, head_keep)
+    return plan_from_scores(scores, density, prompt, config, backend, head_keep, has_row)
 
 
 def stack_layers(stats: Sequence[LayerStats]) -> PostVisionStats:
@@ -156,6 +162,7 @@ def plan_from_scores(
     config: VLCacheConfig,
     backend: Backend,
     head_keep: Tensor | None = None,
+    has_row: Tensor | None = None,
 ) -> CompressionPlan:
     """The plan of scores that are ready to be ranked: make_plan without its statistics. No sync.
 
@@ -168,13 +175,14 @@ def plan_from_scores(
     if head_keep is None:
         keep = prompt_budgets(density, prompt, config)
         head_keep = keep[..., None].expand(-1, -1, scores.shape[1])
-        tokens = kept_tokens(keep, prompt, config)
+        any_row = None if has_row is None else has_row[..., 0]  # the same in all heads of a layer
+        tokens = kept_tokens(keep, prompt, config, any_row)
         indices, cu_kept = select_kept(scores, tokens, prompt, config, backend)
     else:
-        tokens = kept_tokens(head_keep, prompt, config)
+        tokens = kept_tokens(head_keep, prompt, config, has_row)
         indices, cu_kept = select_by_head(scores, tokens, prompt, config, backend)
-    evicted = evicted_tokens(head_keep, prompt, config)
-    return CompressionPlan(prompt, 1.0 - density, head_keep, indices, cu_kept, evicted)
+    evicted = evicted_tokens(head_keep, prompt, config, has_row)
+    return CompressionPlan(prompt, 1.0 - density, head_keep, indices, cu_kept, evicted, has_row)
 
 
 def layer_scores(stats: PostVisionStats, prompt: Prompt, config: VLCacheConfig) -> Tensor:
@@ -209,24 +217,30 @@ def prompt_budgets(density: Tensor, prompt: Prompt, config: VLCacheConfig) -> Te
     return torch.where(torch.tensor(prompt.query_rows) == 0, lengths, keep)
 
 
-def kept_tokens(rows: Tensor, prompt: Prompt, config: VLCacheConfig) -> Tensor:
+def kept_tokens(
+    rows: Tensor, prompt: Prompt, config: VLCacheConfig, has_row: Tensor | None = None
+) -> Tensor:
     """Tokens among the rows that are kept, `[num_layers, num_seqs, ...]` int64 on the host.
 
     One row less where it is to stand for the others: where a token is evicted, and a token is kept
-    beside it. Never falls where the rows grow, which streaming relies on.
+    beside it, and no row is there from before. Never falls where the rows grow, which streaming
+    relies on.
     """
     if config.remainder == "none":
         return rows
-    lengths = _lengths_like(rows, prompt)
-    return rows - ((rows > 1) & (rows < lengths)).long()
+    is_new = (rows > 1) & (rows < _lengths_like(rows, prompt))
+    return rows - (is_new if has_row is None else is_new & ~has_row).long()
 
 
-def evicted_tokens(rows: Tensor, prompt: Prompt, config: VLCacheConfig) -> Tensor | None:
+def evicted_tokens(
+    rows: Tensor, prompt: Prompt, config: VLCacheConfig, has_row: Tensor | None = None
+) -> Tensor | None:
     """How many tokens the row of each KV head stands for, as CompressionPlan has it."""
     if config.remainder == "none":
         return None
-    tokens = kept_tokens(rows, prompt, config)
-    return torch.where(tokens < rows, _lengths_like(rows, prompt) - tokens, 0)
+    tokens = kept_tokens(rows, prompt, config, has_row)
+    stands = tokens < rows if has_row is None else (tokens < rows) | has_row
+    return torch.where(stands, _lengths_like(rows, prompt) - tokens, 0)
 
 
 def _lengths_like(rows: Tensor, prompt: Prompt) -> Tensor:

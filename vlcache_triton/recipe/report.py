@@ -11,18 +11,21 @@ from .plan import CompressionPlan
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """The outcome of one prefill.
+    """The outcome of a prefill, and of later turns with images, as of the latest.
 
     budget: as configured.
     layers: the model's indices of the compressed layers; the rows of the next two.
-    sparsity: `[num_layers][num_seqs]`, γ' (eq. 2); None for a sequence that was left whole.
-    kept: `[num_layers][num_seqs]`, rows that each KV head keeps: tokens, and the one for the
-        evicted where there is one. The mean, rounded down, where heads keep different numbers.
-    lengths: `[num_seqs]`, prompt tokens, pads not counted.
-    bytes_before: K and V of these layers after prefill, as a dense cache stores them.
+    sparsity: `[num_layers][num_seqs]`, γ' (eq. 2) of what was compressed last; None for a sequence
+        that was left whole.
+    kept: `[num_layers][num_seqs]`, rows that each KV head keeps: tokens, answers among them, and
+        the one for the evicted where there is one. The mean, rounded down, where heads keep
+        different numbers.
+    lengths: `[num_seqs]`, tokens read until then, pads not counted.
+    bytes_before: K and V of these layers, as a dense cache stores them.
     bytes_after: K and V of the kept rows.
     bytes_allocated: of the compressed cache right after compression, with its head room for
         tokens to come.
+    segments: the prompt, and the later turns that were compressed.
     """
 
     budget: float | int
@@ -33,6 +36,7 @@ class CompressionReport:
     bytes_before: int
     bytes_after: int
     bytes_allocated: int
+    segments: int = 1
 
     @classmethod
     def of(
@@ -48,7 +52,7 @@ class CompressionReport:
         return cls(
             budget=budget,
             layers=list(layers),
-            sparsity=[[None if isnan(x) else x for x in row] for row in plan.sparsity.tolist()],
+            sparsity=sparsity_of(plan),
             kept=plan.keep.tolist(),
             lengths=list(plan.prompt.lengths),
             bytes_before=bytes_before,
@@ -59,3 +63,8 @@ class CompressionReport:
     def to_dict(self) -> dict:
         """Ready for JSON."""
         return asdict(self)
+
+
+def sparsity_of(plan: CompressionPlan) -> list[list[float | None]]:
+    """Of a plan, as reports have it."""
+    return [[None if isnan(x) else x for x in row] for row in plan.sparsity.tolist()]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -56,20 +57,35 @@ def measure_layer(
     Raises:
         ValueError: for outside scores of another shape or with NaN, which costs them a host sync.
     """
+    attention = partial(_attention, k, q, softmax_scale, backend, softcap=softcap)
+    return measure_attention(attention, layer, k, v, prompt, config, backend, policy)
+
+
+def measure_attention(
+    attention: Callable[..., PostVisionStats],
+    layer: int,
+    k: Tensor,
+    v: Tensor,
+    prompt: Prompt,
+    config: VLCacheConfig,
+    backend: Backend,
+    policy: Policy,
+) -> LayerStats:
+    """As measure_layer, whatever it is that the query rows attend to beside these tokens.
+
+    Args:
+        attention: `post_vision_stats` of the rows that a prompt's `query_rows` count, given the
+            prompt and options; called last for the prompt itself.
+    """
     guide = None
     if policy.guide_rows is not None:
         rows = zip(prompt.query_rows, prompt.lengths, strict=True)
         guide_rows = tuple(min(policy.guide_rows(n, m), n) if n else 0 for n, m in rows)
         guides = dataclasses.replace(prompt, query_rows=guide_rows)
-        guide = _attention(k, q, softmax_scale, guides, backend, softcap=softcap).scores
-    post_vision = _attention(
-        k,
-        q,
-        softmax_scale,
+        guide = attention(guides).scores
+    post_vision = attention(
         prompt,
-        backend,
         threshold=config.threshold,
-        softcap=softcap,
         row_weights=_row_weights(guide, prompt, policy, k.device),
         row_reduction=config.row_reduction,
         group_reduction=config.group_reduction,
@@ -118,7 +134,7 @@ def prompt_statistics(
 
 
 def _attention(
-    k: Tensor, q: Tensor, softmax_scale: float, prompt: Prompt, backend: Backend, **options
+    k: Tensor, q: Tensor, softmax_scale: float, backend: Backend, prompt: Prompt, **options
 ) -> PostVisionStats:
     cu_seqlens_q, cu_seqlens_k = prompt.cu_seqlens(k.device)
     return backend.post_vision_stats(

@@ -13,7 +13,7 @@ from .rows import last_rows
 
 def full() -> Policy:
     """The whole cache, whatever the budget."""
-    return Policy("full", choices={"budget": 1.0})
+    return Policy("full", choices={"budget": 1.0, "max_cache_tokens": None})
 
 
 def random_tokens(seed: int = 0) -> Policy:
