@@ -39,12 +39,14 @@ MAX_HEAD_ROOM = 256  # rows reserved for new tokens at compression; a longer ans
 
 
 class VLCache(Cache):
-    """A KV cache that compresses itself once, at the end of the prompt's forward pass.
+    """A KV cache that compresses itself at the end of the prompt's forward pass.
 
     Full-attention layers are compressed; sliding and chunked layers keep their windows, linear,
     convolution and Mamba layers their states. Use it inside `with vl_cache(model, ...)`, where
-    each prompt finds its boundary; tokens after the prompt (answers, later turns) are kept whole.
-    At budget 1.0, and for prompts without post-vision rows, it is a dynamic cache.
+    each prompt finds its boundary. Of a later turn with an image its budget is kept as well,
+    measured by its own rows; answers and turns of text are kept whole, unless `max_cache_tokens`
+    says how much there may be. At budget 1.0, and for prompts without post-vision rows, it is a
+    dynamic cache.
 
     One image, many questions: `copy.deepcopy(cache)` for each question that is asked behind the
     prompt; a copy has memory of its own. `torch.save(cache, file)` and, in another process,
@@ -167,12 +169,28 @@ class VLCache(Cache):
             )
         self.contents.begin(prompt, num_past)
 
+    def begin_step(
+        self, num_rows: int, is_pad: Tensor | None = None, turn: Prompt | None = None
+    ) -> None:
+        """Announce a forward pass over the packed cache; arguments as `Contents.begin_step`."""
+        assert self.packed is not None
+        if is_pad is not None and self._num_states:
+            raise NotImplementedError(
+                "attention_mask: got pads among the rows of a later pass, expected none: layers"
+                " with a state would take them in"
+            )
+        if is_pad is not None:  # Transformers' window layers would keep them, in place of tokens
+            self._move_windows(self.packed, self.contents.allocator)
+        self.contents.begin_step(num_rows, is_pad, turn)
+
     def end_pass(self) -> None:
         """Behind a forward pass, of the prompt or of later rows."""
         if self.packed is not None:
             if self.contents.allocator is not None:
                 self._move_layers(self.packed, self.contents.allocator)
             self.packed.end_step()
+            if self.contents.end_turn() is not None:
+                self._use_states(self.packed)
 
     def pack_into(self, allocator: PoolAllocator) -> None:
         """Have prompts packed, even whole ones, in memory of this allocator; what is packed
@@ -187,15 +205,16 @@ class VLCache(Cache):
 
     def _move_layers(self, packed: PackedCache, allocator: PoolAllocator) -> None:
         """Have what the prompt's pass has left in other layers where steps can read it."""
-        if self._num_windows and packed.rings is None:
-            self._move_windows(packed, allocator)
+        self._move_windows(packed, allocator)
         if self._num_states and packed.states is None:
             tensors = [x for layer in self._state_layers for x in layer.tensors()]
             packed.states = allocator.attach(LayerStates, state_shapes(tensors), packed)
             packed.states.fill(tensors)
             self._use_states(packed)
 
-    def _move_windows(self, packed: PackedCache, allocator: PoolAllocator) -> None:
+    def _move_windows(self, packed: PackedCache, allocator: PoolAllocator | None) -> None:
+        if not self._num_windows or packed.rings is not None:
+            return
         rows: list[Any] = [(layer.keys, layer.values) for layer in self._window_layers]
         shape = RingShape(
             **kind_of(*rows[0]),
@@ -205,7 +224,10 @@ class VLCache(Cache):
             window=self._window,
             is_chunked=self._is_chunked,
         )
-        packed.rings = allocator.attach(WindowRings, shape, packed)
+        if allocator is None:
+            packed.rings = WindowRings(shape)
+        else:
+            packed.rings = allocator.attach(WindowRings, shape, packed)
         packed.rings.fill(rows, packed.pads, packed.num_seen)
         for layer in self._window_layers:
             layer.keys = layer.values = None

@@ -19,7 +19,8 @@ from vlcache_triton.pool.streaming import StreamingCompressor
 from vlcache_triton.recipe.plan import CompressionPlan
 from vlcache_triton.recipe.policies import Policy
 from vlcache_triton.recipe.prompt import Prompt
-from vlcache_triton.recipe.report import CompressionReport
+from vlcache_triton.recipe.report import CompressionReport, sparsity_of
+from vlcache_triton.recipe.turn import TurnCompressor
 
 
 class Empty:
@@ -48,7 +49,10 @@ class Contents:
 
     state: Empty, then Dense or Reading, then PackedCache; only `clear` leads back.
     prompt: the one that was announced last.
-    plan, report: what compression has kept of it; None where nothing was compressed.
+    turn: what measures a pass over a packed cache, while it runs; None where nothing does.
+    plan: what was kept of the prompt, or of the latest turn that was compressed, whose positions
+        count from its first token; None where nothing was compressed.
+    report: what compression has done so far; None likewise.
     allocator: where packed memory comes from; None for memory of one's own.
     make_compressor: makes what takes a prompt's layers; called as PromptCompressor is.
     packs_whole: whether even prompts that are not compressed are packed.
@@ -80,6 +84,7 @@ class Contents:
         """Empty; packed memory goes back to where it was lent."""
         self.state: Empty | Dense | Reading | PackedCache = Empty()
         self.prompt: Prompt | None = None
+        self.turn: TurnCompressor | None = None
         self.plan: CompressionPlan | None = None
         self.report: CompressionReport | None = None
 
@@ -139,6 +144,50 @@ class Contents:
         packed.ragged = ragged
         self.prompt, self.plan, self.state = plan.prompt, plan, packed
 
+    def begin_step(
+        self,
+        num_rows: int,
+        is_pad: Tensor | None = None,
+        turn: Prompt | None = None,
+    ) -> None:
+        """Announce a pass over the packed cache; arguments as `PackedCache.begin_step`, and
+        `TurnCompressor`, where the pass is to be measured."""
+        packed = self.packed
+        assert packed is not None
+        self.turn = None
+        if turn is not None:
+            backend = packed.ragged.backend
+            self.turn = TurnCompressor(turn, self.config, backend, self.policy)
+        packed.begin_step(num_rows, is_pad)
+
+    def measure_turn(self, layer: int, query: Tensor, softmax_scale: float, softcap: float) -> None:
+        """Measure a layer of the pass, once its rows are in their segments."""
+        assert self.packed is not None and self.turn is not None
+        ragged = self.packed.ragged
+        bias = None if ragged.first_key_bias is None else ragged.first_key_bias[layer]
+        with torch.no_grad():
+            k, v = ragged.padded(layer)
+            self.turn.add(
+                query.detach(), k, v, ragged.seqused_k[layer], softmax_scale, bias, softcap
+            )
+
+    def end_turn(self) -> PackedCache | None:
+        """Evict, behind a pass that was measured: a packed cache in place of the one before; None
+        where nothing was."""
+        turn, packed, self.turn = self.turn, self.packed, None
+        if turn is None or packed is None:
+            return None
+        num_evicted = packed.ragged.num_evicted
+        with torch.no_grad():
+            eviction = turn.decide(
+                packed.ragged.seqused_k.long().cpu(),
+                None if num_evicted is None else num_evicted.long().cpu(),
+            )
+            self.state = packed.evict(eviction, self.head_room, self.allocator)
+        self.plan = eviction.plan or self.plan
+        self.report = self._report_turn(self.state, eviction.plan)
+        return self.state
+
     def stop_reading(self) -> bool:
         """At the end of a pass: a prompt that is still being read stays dense, as far as it is
         there. True where it was to be compressed."""
@@ -152,10 +201,31 @@ class Contents:
         """For copies and files: all but the lender of memory, who is of one block."""
         if self.reading is not None or (self.packed is not None and self.packed.step_rows > 0):
             raise ValueError("VLCache: got one amid a forward pass, expected one between passes")
-        return {**vars(self), "allocator": None, "packs_whole": False}
+        return {**vars(self), "allocator": None, "packs_whole": False, "turn": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         if self.packed is not None:
             ragged = self.packed.ragged
             ragged.backend = get_backend(self.backend_name, ragged.k.device)
+
+    def _report_turn(
+        self, packed: PackedCache, plan: CompressionPlan | None
+    ) -> CompressionReport | None:
+        """The report as of this turn: a row more, or, of a text that was cut, the same one."""
+        ragged, before = packed.ragged, self.report
+        num_seqs, segments = ragged.num_seqs, 0 if before is None else before.segments
+        rows = ragged.seqused_k.long().cpu().view(len(self.layers), num_seqs, -1)
+        widths = ragged.k.shape[-1] + ragged.v.shape[-1]
+        row_bytes = widths * ragged.k.element_size() * ragged.num_kv_heads
+        return CompressionReport(
+            budget=self.config.budget,
+            layers=self.layers,
+            sparsity=sparsity_of(plan) if plan is not None else before.sparsity if before else [],
+            kept=(rows.sum(-1) // ragged.num_kv_heads).tolist(),
+            lengths=[packed.num_seen - pads for pads in packed.num_pads],
+            bytes_before=len(self.layers) * num_seqs * packed.num_seen * row_bytes,
+            bytes_after=int(rows.sum()) * row_bytes // ragged.num_kv_heads,
+            bytes_allocated=ragged.nbytes,
+            segments=segments + (plan is not None),
+        )

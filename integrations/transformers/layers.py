@@ -78,7 +78,8 @@ class VLCacheLayer(ContentsLayer, DynamicLayer):
         packed = self.contents.packed
         if packed is not None:
             packed.check_rows(key_states.shape[2])
-            packed.ragged.append(self.index, key_states, value_states)
+            k, v = packed.in_order(key_states), packed.in_order(value_states)
+            packed.ragged.append(self.index, k, v, packed.step_pads)
             return _tagged(key_states, self), value_states
         if isinstance(self.contents.state, Empty):
             raise RuntimeError(
@@ -100,7 +101,10 @@ class VLCacheLayer(ContentsLayer, DynamicLayer):
         packed = self.contents.packed
         if packed is None:
             return None
-        return packed.ragged.attend(self.index, query, softmax_scale, softcap)
+        query = packed.in_order(query)
+        if self.contents.turn is not None:
+            self.contents.measure_turn(self.index, query, softmax_scale, softcap)
+        return packed.as_read(packed.ragged.attend(self.index, query, softmax_scale, softcap))
 
     def observe(self, query: Tensor, softmax_scale: float, softcap: float) -> None:
         """Hand K, V and query rows of the prompt that is being read to compression."""
@@ -160,15 +164,18 @@ class WindowLayer(ContentsLayer, DynamicSlidingWindowLayer):
                 self.keys, self.values = kept[0].clone(), kept[1].clone()
             return keys, values
         packed.check_rows(key_states.shape[2])
-        keys, values = packed.rings.append(self.index, key_states, value_states)
+        k, v = packed.in_order(key_states), packed.in_order(value_states)
+        keys, values = packed.rings.append(self.index, k, v)
         return _tagged(keys, self), values
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, softmax_scale: float, softcap: float
     ) -> Tensor:
         """Attention within the window `[num_seqs, n, num_heads, d_v]`."""
-        assert self.rings is not None
-        return self.rings.attend(query, key, value, softmax_scale, softcap)
+        packed = self.contents.packed
+        assert packed is not None and packed.rings is not None
+        query = packed.in_order(query)
+        return packed.as_read(packed.rings.attend(query, key, value, softmax_scale, softcap))
 
     def get_seq_length(self) -> int:
         """Tokens seen: positions go on from here."""

@@ -10,13 +10,14 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from vlcache_triton.pool.packed import PackedCache
-from vlcache_triton.recipe.prompt import Prompt, left_pads, read_prompt
+from vlcache_triton.recipe.prompt import read_prompt
 
 from .cache import VLCache
 from .names import CACHE, named_arguments
 from .session import Session
 from .support import unobserved
-from .visual import can_know, vision_input, visual_tokens
+from .turns import can_measure, num_rows_of, read_pads, read_turn, visual_rows
+from .visual import vision_input
 
 
 def check_cache(cache: Any, session: Session) -> None:
@@ -91,83 +92,27 @@ def _begin_step(
     session: Session, cache: VLCache, packed: PackedCache, kwargs: dict[str, Any]
 ) -> None:
     """Announce rows that come behind a packed prompt."""
-    num_rows, mask = _tokens(kwargs).shape[1], kwargs.get("attention_mask")
+    num_rows, mask, is_pad = num_rows_of(kwargs), kwargs.get("attention_mask"), None
     if mask is not None:
-        _check_mask(packed, mask, num_rows, reads_values=not session.has_read_mask(cache))
-    if (name := vision_input(kwargs)) is not None:
-        session.say_whole(f"got {name} behind the first prompt of its cache")
-    packed.begin_step(num_rows)
-
-
-def _check_mask(packed: PackedCache, mask: Any, num_rows: int, reads_values: bool) -> None:
-    """Refuse a mask that hides anything but the prompt's pads: nothing reads it later.
-
-    Reading its values waits for the device, so that is done once a `generate`, which goes on with
-    ones alone, and at every pass else.
-    """
-    shape = (len(packed.pads), packed.num_seen + num_rows)
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        got = f"{mask.ndim} dimensions" if isinstance(mask, Tensor) else type(mask).__name__
-        raise NotImplementedError(
-            f"attention_mask: got {got}, expected {list(shape)} or None on a compressed cache"
-        )
-    if tuple(mask.shape) != shape:
-        raise ValueError(
-            f"attention_mask: got shape {list(mask.shape)}, expected {list(shape)}: the tokens"
-            " seen before, and those of this pass"
-        )
-    if reads_values and (pads := left_pads(mask)) != list(packed.pads):
-        raise ValueError(
-            f"attention_mask: got {pads} left pads, expected {list(packed.pads)}, the prompt's"
-        )
+        is_pad = read_pads(packed, mask, num_rows, reads_values=not session.has_read_mask(cache))
+    cache.begin_step(num_rows, is_pad, read_turn(session, cache, packed, kwargs, is_pad))
 
 
 def _begin_prompt(session: Session, cache: VLCache, kwargs: dict[str, Any]) -> None:
     """Announce a prompt, or what makes one of a prompt that was left whole: its first image."""
-    num_past = cache.get_seq_length()
+    num_past, is_lossless = cache.get_seq_length(), cache.config.is_lossless
     name = vision_input(kwargs)
-    is_lossless = cache.config.is_lossless
     if num_past > 0 and (is_lossless or name is None):
         return
-    prompt = _read_prompt(session, cache, kwargs, num_past)
-    if name is not None and not is_lossless and not prompt.is_compressible:
-        session.say_whole(f"got {name}, but no token of an image in input_ids")
-    if num_past > 0 and max(prompt.query_rows) > prompt.padded_length - num_past:
-        session.say_whole(
-            f"got {name} with {prompt.padded_length - num_past} rows, expected"
-            f" {max(prompt.query_rows)}, which {cache.policy.name!r} measures"
-        )
-        return
-    cache.begin(prompt, num_past)
-
-
-def _read_prompt(session: Session, cache: VLCache, kwargs: dict[str, Any], num_past: int) -> Prompt:
-    """The prompt that a pass ends, num_past tokens of which are in the cache."""
-    input_ids = kwargs.get("input_ids")
-    if input_ids is None:
-        input_ids = session.ids_of(kwargs.get("inputs_embeds"))
-    if input_ids is None:
-        raise NotImplementedError(
-            "inputs_embeds: got embeddings alone, expected input_ids, which show where images lie"
-        )
-    mask = kwargs.get("attention_mask")
+    is_visual, mask = visual_rows(session, cache, kwargs), kwargs.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
         raise NotImplementedError("attention_mask: expected [num_seqs, length] or None")
-    config, name = session.model.config, vision_input(kwargs)
-    if name is not None and not cache.config.is_lossless and not can_know(config, kwargs):
-        raise NotImplementedError(
-            f"{name}: got an image for a model of type {config.model_type!r}, expected one whose"
-            " configuration names an image token, or mm_token_type_ids: where the image lies in"
-            " the prompt cannot be known"
-        )
-    is_visual = visual_tokens(config, input_ids, kwargs)
-    return read_prompt(pad(is_visual, (num_past, 0)), mask, cache.config, cache.policy)
-
-
-def _tokens(kwargs: dict[str, Any]) -> Tensor:
-    """What a pass reads, `[num_seqs, n, ...]`."""
-    tokens = kwargs.get("input_ids")
-    return kwargs["inputs_embeds"] if tokens is None else tokens
+    prompt = read_prompt(pad(is_visual, (num_past, 0)), mask, cache.config, cache.policy)
+    if not is_lossless and name is not None:
+        is_measured = can_measure(session, cache, kwargs, prompt)
+        if num_past > 0 and not is_measured:
+            return
+    cache.begin(prompt, num_past)
 
 
 def _last(position_ids: Any) -> Tensor | None:

@@ -15,6 +15,8 @@ from vlcache_triton import VLCacheConfig
 from vlcache_triton.recipe.policies import VL_CACHE, Policy
 from vlcache_triton.recipe.prompt import left_pads
 
+from .names import CACHE
+
 SUPPORTED_VERSIONS = ">=5.17,<5.25"  # of Transformers: what pyproject.toml asks for, and CI tests
 # Of a text configuration: models that differ in them cannot share a cache.
 SIZES = (
@@ -276,7 +278,9 @@ def check_generate(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
             "inputs_embeds: got embeddings alone, expected input_ids, which show where images lie"
         )
     mask = kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2:
+    # Behind what is in a cache, a turn may have pads of its own, which its pass looks at.
+    is_first = kwargs.get(CACHE) is None or kwargs[CACHE].get_seq_length() == 0
+    if isinstance(mask, Tensor) and mask.ndim == 2 and is_first:
         left_pads(mask)
 
 

@@ -55,10 +55,19 @@ def vision_input(kwargs: dict[str, Any]) -> str | None:
         (
             name
             for name, x in kwargs.items()
-            if x is not None and name not in MARKS and any(word in name for word in VISION_INPUTS)
+            if x is not None
+            and name not in MARKS
+            and (any(word in name for word in VISION_INPUTS) or _has_vision(name, x))
         ),
         None,
     )
+
+
+def _has_vision(name: str, x: Any) -> bool:
+    """Whether this is what `generate` has encoded before the prompt, with images in it."""
+    if name != "mm_encoder_outputs" or not isinstance(x, dict):
+        return False
+    return any(made is not None for kind, made in x.items() if kind != "audio")
 
 
 def _marks(kwargs: dict[str, Any]) -> list[Tensor]:

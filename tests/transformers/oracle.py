@@ -4,7 +4,9 @@
 which tokens stay. `evicted` then runs the stock model in eager attention with its own
 DynamicCache, where every later forward masks what was dropped, and sees the mean of it as one key
 of the weight of all where the configuration says so. Nothing here comes from the package but
-`layer_budgets`, which has tests of its own.
+`layer_budgets` and `shrink`, which have tests of their own.
+
+`Dialogue` does the same over turns: each pass that holds an image evicts from its own rows.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ from contextlib import contextmanager
 import torch
 from families import Family
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import eager_mask
 
 from vlcache_triton import VLCacheConfig, layer_budgets
+from vlcache_triton.integrations.transformers.names import CACHE
 
 
 class Kept(list):
@@ -47,6 +50,7 @@ class Kept(list):
 
 _NAME = "masked_oracle"
 _kept: Kept | None = None
+_maps: dict[int, Tensor] = {}  # of the latest pass: the softmax of each layer, columns as there
 
 
 def kept_tokens(family: Family, inputs: dict[str, Tensor], config: VLCacheConfig) -> Kept:
@@ -207,6 +211,7 @@ def _masked_attention(
         logits = torch.cat([row, logits], -1)
         value = torch.cat([mean_v, value], 2)
     weights = logits.softmax(-1)
+    _maps[module.layer_idx] = weights.detach()
     out = weights @ value.repeat_interleave(group, 1)
     return out.transpose(1, 2).contiguous(), weights
 
@@ -230,6 +235,156 @@ def means(evicted: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, 
                 mean_v[b, h, 0] = value[b, h, positions].mean(0)
                 bias[b, h] = math.log(len(positions))
     return mean_k, mean_v, bias
+
+
+class Dialogue:
+    """Passes of the stock model over one full cache, masked by what each of them has evicted.
+
+    kept: what every layer sees of the columns read so far, for each KV head.
+    counts: of the latest pass that evicted, rows that each head was given of its segment,
+        `[num_layers, num_seqs]`, and the columns that it kept of it.
+    """
+
+    def __init__(self, family: Family, config: VLCacheConfig) -> None:
+        self.family, self.config = family, config
+        self.cache = DynamicCache(config=family.model.config)
+        text = family.text_config
+        num_layers = text.num_hidden_layers
+        kinds = getattr(text, "layer_types", None) or ["full_attention"] * num_layers
+        self.full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+        self.num_kv_heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
+        self.kept: Kept | None = None
+        self.has_evicted = False
+        self.counts = torch.zeros(0)
+
+    def read(self, inputs: dict[str, Tensor], real: Tensor | None = None) -> Tensor:
+        """A pass; its logits `[num_seqs, n, vocabulary]`.
+
+        real: `[num_seqs, n]` bool, False on the pads among its rows; default: the last columns of
+            the mask, or no pad.
+        """
+        global _kept
+        ids = inputs["input_ids"]
+        mask = inputs.get("attention_mask")
+        if real is None:
+            real = torch.ones_like(ids) == 1 if mask is None else mask[:, -ids.shape[1] :] == 1
+        if self.kept is None:
+            self.kept = Kept(self.family.text_config.num_hidden_layers, real[:, :0])
+            for i in self.full:
+                self.kept[i] = torch.zeros(len(ids), self.num_kv_heads, 0, dtype=torch.bool)
+                self.kept.rows[i] = torch.zeros(len(ids), self.num_kv_heads, dtype=torch.bool)
+        _kept = self.kept
+        try:
+            with attention_implementation(self.family, _NAME), torch.no_grad():
+                out = self.family.model(**inputs, **{CACHE: self.cache}, use_cache=True)
+        finally:
+            _kept = None
+        num_seen = self.kept.real.shape[1]
+        self.kept.real = torch.cat([self.kept.real, real], 1)
+        for i in self.full:
+            new = real[:, None].expand(-1, self.num_kv_heads, -1)
+            self.kept[i] = torch.cat([self.kept[i], new], 2)
+        visual = self._is_visual(inputs) & real
+        if visual.any() and not self.config.is_lossless:
+            self._evict(num_seen if self.has_evicted else 0, num_seen, visual)
+            self.has_evicted = True
+        elif self.has_evicted and self.config.max_cache_tokens and ids.shape[1] > 1:
+            for seq in range(len(ids)):
+                rows = torch.arange(num_seen, num_seen + ids.shape[1])[real[seq]]
+                self._bound(seq, rows)
+        return out.logits
+
+    def _is_visual(self, inputs: dict[str, Tensor]) -> Tensor:
+        config, ids = self.family.model.config, inputs["input_ids"]
+        return (ids == config.image_token_id) | (ids == getattr(config, "video_token_id", -1))
+
+    def _evict(self, start: int, num_seen: int, visual: Tensor) -> None:
+        """From the columns behind `start`, by the rows behind each sequence's last visual one."""
+        assert self.kept is not None
+        self.counts = torch.zeros(len(self.full), len(visual), dtype=torch.long)
+        for seq, is_visual in enumerate(visual):
+            columns = self.kept.real[seq].nonzero().flatten()
+            columns = columns[columns >= start]
+            length = len(columns)
+            self.counts[:, seq] = length
+            if not is_visual.any():
+                if self.config.max_cache_tokens and self.has_evicted:
+                    self._bound(seq, columns[columns >= num_seen])
+                continue
+            total = self.kept.real.shape[1]
+            first = min(num_seen + int(is_visual.nonzero().max()) + 1, total - 1)
+            if self.config.max_query_rows is not None:
+                first = max(first, total - self.config.max_query_rows)
+            rows = torch.arange(first, total)
+            densities, maps = [], []
+            for i in self.full:
+                attention, largest = self._attention(i, seq, rows)
+                attention = attention[..., columns]
+                visible = columns <= rows[:, None]
+                passes = (attention >= self.config.threshold * largest) & visible
+                densities.append([int(passes.sum()) / (len(attention) * int(visible.sum()))])
+                maps.append(attention)
+            density = torch.tensor(densities, dtype=torch.float64)
+            budgets = layer_budgets(density, torch.tensor([length]), self.config)
+            self.counts[:, seq] = budgets[:, 0]
+            for i, attention, budget in zip(self.full, maps, budgets[:, 0].tolist(), strict=True):
+                kept, has_row = self.kept[i], bool(self.kept.rows[i][seq, 0])
+                if self.config.remainder == "mean" and not has_row and 2 <= budget < length:
+                    self.kept.rows[i][seq] = True
+                    budget -= 1
+                top = top_tokens(attention, budget, self.num_kv_heads, self.config)
+                kept[seq][:, columns] = top
+            if self.config.max_cache_tokens:
+                self._bound(seq, rows)
+
+    def _attention(self, layer: int, seq: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Of these rows, to every column `[num_heads, rows, columns]` fp64, and the largest of a
+        token in each row, `[num_heads, rows, 1]`: also of each that a mean stands for."""
+        assert self.kept is not None
+        total = self.kept.real.shape[1]
+        maps = _maps[layer][seq].double()
+        maps = maps[:, rows - (total - maps.shape[1])]
+        largest = maps[..., maps.shape[2] - total :].amax(-1, keepdim=True)
+        if maps.shape[2] > total:  # the mean comes first
+            group = len(maps) // self.num_kv_heads
+            evicted = (~self.kept[layer][seq] & self.kept.real[seq]).sum(-1).clamp(min=1)
+            alone = maps[..., :1] / evicted.repeat_interleave(group)[:, None, None]
+            largest = torch.maximum(largest, alone)
+        return maps[..., maps.shape[2] - total :], largest
+
+    def live_rows(self) -> Tensor:
+        """Of each head `[num_layers, num_seqs, num_kv_heads]`: tokens, and the row for others."""
+        assert self.kept is not None
+        return torch.stack([self.kept[i].sum(-1) + self.kept.rows[i].long() for i in self.full])
+
+    def _bound(self, seq: int, rows: Tensor) -> None:
+        """What is over `max_cache_tokens` goes, the least attended by these rows first."""
+        from vlcache_triton.recipe.budgets import shrink
+
+        assert self.kept is not None
+        live = self.live_rows()[:, seq, 0]
+        bound = self.config.max_cache_tokens * len(self.full)
+        if int(live.sum()) <= bound:
+            return
+        keep = shrink(live[:, None], torch.tensor([bound]), 2 if self.has_mean else 1)[:, 0]
+        for i, count, before in zip(self.full, keep.tolist(), live.tolist(), strict=True):
+            if count == before:
+                continue
+            attention, _ = self._attention(i, seq, rows)
+            if self.has_mean:
+                self.kept.rows[i][seq] = True
+                count -= 1
+            for head in range(self.num_kv_heads):
+                columns = self.kept[i][seq, head].nonzero().flatten()
+                group = len(attention) // self.num_kv_heads
+                one = attention[head * group : (head + 1) * group][..., columns]
+                top = top_tokens(one, count, 1, self.config)[0]
+                self.kept[i][seq, head, columns[~top]] = False
+
+    @property
+    def has_mean(self) -> bool:
+        """Whether means stand for what is evicted."""
+        return self.config.remainder == "mean"
 
 
 AttentionInterface.register(_NAME, _masked_attention)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from types import SimpleNamespace
 
@@ -160,21 +161,26 @@ def test_an_image_without_a_token_is_said_to_be_whole(family):
         family.model(**inputs)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("choices", [{}, dict(streaming=True), dict(cuda_graph=True)], ids=str)
+@pytest.mark.parametrize("remainder", ["none", "mean"])
 @pytest.mark.parametrize("family", ["llava", "mistral3", "llama4", "lfm2_vl"], indirect=True)
 @torch.no_grad()
-def test_a_text_prefix_first_and_the_image_behind_it(family, streaming):
-    """As one prompt: the same tokens are kept."""
+def test_a_text_prefix_first_and_the_image_behind_it(family, choices, remainder):
+    """As one prompt: the same tokens are kept, also where the prefix has been packed whole."""
     whole = family.inputs([*PREFIX, *REST])
     part = {k: v for k, v in family.inputs(REST).items() if k != "attention_mask"}
-    kept = oracle.kept_tokens(family, whole, CONFIG)
-    with vl_cache(family.model, CONFIG, streaming=streaming, cuda_graph=False) as session:
+    config = dataclasses.replace(CONFIG, remainder=remainder)
+    kept = oracle.kept_tokens(family, whole, config)
+    with vl_cache(family.model, config, **choices) as session:
         expected = family.model(**whole)
         cache = session.new_cache()
         family.model(input_ids=torch.tensor([PREFIX]), **{CACHE: cache})
         assert session.report() is None
         out = family.model(**part, attention_mask=whole["attention_mask"], **{CACHE: cache})
         assert_kept(cache, kept, whole)
+        report, its = (x.to_dict() for x in (session.report(), expected[CACHE].report()))
+        for name in ("lengths", "kept", "bytes_before", "bytes_after", "segments"):
+            assert report[name] == its[name]
         torch.testing.assert_close(
             out.logits[:, -1], expected.logits[:, -1], atol=ORACLE_ATOL, rtol=0
         )
@@ -185,12 +191,13 @@ def test_a_text_prefix_first_and_the_image_behind_it(family, streaming):
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"], indirect=True)
+@pytest.mark.parametrize("cuda_graph", [False, True])
 @torch.no_grad()
-def test_such_a_prefix_where_two_passes_are_not_one(family):
+def test_such_a_prefix_where_two_passes_are_not_one(family, cuda_graph):
     """In these, plain Transformers reads an image behind a prefix in another way than with it."""
     part = {k: v for k, v in family.inputs(REST).items() if k != "attention_mask"}
     length = len(PREFIX) + part["input_ids"].shape[1]
-    with vl_cache(family.model, CONFIG, cuda_graph=False) as session:
+    with vl_cache(family.model, CONFIG, cuda_graph=cuda_graph) as session:
         cache = session.new_cache()
         for inputs in (dict(input_ids=torch.tensor([PREFIX])), part):
             out = family.model(**inputs, **{CACHE: cache})
@@ -241,13 +248,15 @@ def test_a_model_that_leaves_tokens_out(family, cuda_graph):
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
 @torch.no_grad()
-def test_an_image_in_a_later_turn_is_said_to_be_whole(family, cuda_graph):
+def test_a_later_image_without_a_token_is_said_to_be_whole(family, cuda_graph):
+    """Once; the model itself may have more to say of it. (With tokens: test_image_turns.py)"""
     first, later = family.inputs(LONG), family.inputs(REST)
-    later.pop("attention_mask")
+    text = dict(input_ids=torch.tensor([[5, 6, 7]]), pixel_values=later["pixel_values"])
     with vl_cache(family.model, CONFIG, cuda_graph=cuda_graph) as session:
         cache = session.new_cache()
         family.model(**first, **{CACHE: cache})
         with pytest.warns(UserWarning, match="left whole") as seen:
             for _ in range(2):
-                family.model(**later, **{CACHE: cache})
+                with pytest.raises(ValueError, match=r"features|tokens"):
+                    family.model(**text, **{CACHE: cache})
         assert len([w for w in seen if "left whole" in str(w.message)]) == 1
