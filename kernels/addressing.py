@@ -30,6 +30,32 @@ def live_length(seq, cu_seqlens_ptr, seqused_ptr, BOUNDED: tl.constexpr):
 
 
 @triton.jit
+def pages_of(positions, live, start, block_table_ptr, PAGE_SIZE: tl.constexpr):
+    """The pages of a sequence's rows, `[N]` int32; of packed rows, the sequence's start.
+
+    A loop over rows asks for those of its next block and carries them there (`offsets_in`): Triton
+    keeps several blocks of rows on their way only if no address waits for a load of the same block.
+    """
+    if block_table_ptr is None:
+        pages = start
+    else:
+        pages = block_table_ptr + start + positions // PAGE_SIZE
+        pages = tl.load(pages, mask=live, other=None if live is None else 0)
+    return pages
+
+
+@triton.jit
+def offsets_in(pages, positions, block_table_ptr, stride_page, stride_row, PAGE_SIZE: tl.constexpr):
+    """Offsets of a sequence's rows, `[N]` int64, which lie in the pages that `pages_of` gave."""
+    if block_table_ptr is None:
+        offsets = (pages + positions).to(tl.int64) * stride_row
+    else:
+        offsets = pages.to(tl.int64) * stride_page
+        offsets += (positions % PAGE_SIZE).to(tl.int64) * stride_row
+    return offsets
+
+
+@triton.jit
 def row_offsets(
     positions,  # [N], in the sequence
     live,  # [N], or None where all are
@@ -40,13 +66,8 @@ def row_offsets(
     PAGE_SIZE: tl.constexpr,
 ):
     """Offsets of a sequence's rows, `[N]` int64; of dead ones, any that nobody may follow."""
-    if block_table_ptr is None:
-        offsets = (start + positions).to(tl.int64) * stride_row
-    else:
-        pages = block_table_ptr + start + positions // PAGE_SIZE
-        page = tl.load(pages, mask=live, other=None if live is None else 0).to(tl.int64)
-        offsets = page * stride_page + (positions % PAGE_SIZE).to(tl.int64) * stride_row
-    return offsets
+    pages = pages_of(positions, live, start, block_table_ptr, PAGE_SIZE)
+    return offsets_in(pages, positions, block_table_ptr, stride_page, stride_row, PAGE_SIZE)
 
 
 @triton.jit

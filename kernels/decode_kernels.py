@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from . import profiling
-from .addressing import live_length, load_rows, row_offsets, sequence_start, store_rows
+from .addressing import live_length, load_rows, offsets_in, pages_of, sequence_start, store_rows
 from .softcap import capped
 
 # Of lengths, single elements are read: where a layer's part of a tensor starts is no reason to
@@ -53,10 +53,12 @@ def _attend(
     BLOCK_N: tl.constexpr,
 ):
     """What the rows have seen, with the keys from begin to end. Long by what it is told."""
+    coming = begin + tl.arange(0, BLOCK_N)
+    pages = pages_of(coming, coming < n_k, start, block_table_ptr, PAGE_SIZE)
     for key in range(begin, end, BLOCK_N):
         keys = key + tl.arange(0, BLOCK_N)
         live = keys < n_k if MASKED else None
-        at = row_offsets(keys, live, start, block_table_ptr, stride_k_page, stride_k_row, PAGE_SIZE)
+        at = offsets_in(pages, keys, block_table_ptr, stride_k_page, stride_k_row, PAGE_SIZE)
         k = load_rows(k_ptr, at, live, HEAD_SIZE, D)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee")
         if SOFTCAP:
@@ -81,10 +83,12 @@ def _attend(
         correction = tl.exp2(row_max - shift)
         row_sum = row_sum * correction + tl.sum(weights, 1)
         row_max = new_max
-        at = row_offsets(keys, live, start, block_table_ptr, stride_v_page, stride_v_row, PAGE_SIZE)
+        at = offsets_in(pages, keys, block_table_ptr, stride_v_page, stride_v_row, PAGE_SIZE)
         v = load_rows(v_ptr, at, live, HEAD_SIZE_V, D_V)
         acc = acc * correction[:, None]
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
+        coming = keys + BLOCK_N
+        pages = pages_of(coming, coming < n_k, start, block_table_ptr, PAGE_SIZE)
     return row_max, row_sum, acc
 
 

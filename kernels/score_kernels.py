@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from . import profiling
-from .addressing import live_length, load_rows, row_offsets, sequence_start
+from .addressing import live_length, load_rows, offsets_in, pages_of, row_offsets, sequence_start
 from .softcap import capped
 
 
@@ -81,13 +81,14 @@ def _row_kernel(
         row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
         for masked in tl.static_range(2):  # keys that all rows see, then the others
+            coming = (full if masked else begin) + tl.arange(0, BLOCK_N)
+            pages = pages_of(coming, coming < n_k, start, block_table_ptr, PAGE_SIZE)
             for key in range(full if masked else begin, end if masked else full, BLOCK_N):
                 keys = key + tl.arange(0, BLOCK_N)
-                live_keys = keys < n_k
-                at = row_offsets(
-                    keys, live_keys, start, block_table_ptr, stride_k_page, stride_k_row, PAGE_SIZE
+                at = offsets_in(
+                    pages, keys, block_table_ptr, stride_k_page, stride_k_row, PAGE_SIZE
                 )
-                k = load_rows(k_ptr + head * stride_k_head, at, live_keys, HEAD_SIZE, D)
+                k = load_rows(k_ptr + head * stride_k_head, at, keys < n_k, HEAD_SIZE, D)
                 logits = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
                 if tanh_log2 is not None:
                     logits = capped(logits, tanh_log2)
@@ -101,6 +102,8 @@ def _row_kernel(
                 weights = tl.exp2(tl.fma(logits, scale_log2, -(shift * scale_log2)[:, None]))
                 row_sum = row_sum * tl.exp2((row_max - shift) * scale_log2) + tl.sum(weights, 1)
                 row_max = new_max
+                coming = keys + BLOCK_N
+                pages = pages_of(coming, coming < n_k, start, block_table_ptr, PAGE_SIZE)
 
         # num_rows = num_kv_heads * total_q * GROUP_PADDED, in that order
         num_rows = tl.num_programs(1).to(tl.int64) * total_q * GROUP_PADDED

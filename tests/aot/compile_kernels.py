@@ -81,7 +81,8 @@ class Launch:
 @dataclass
 class Compiled:
     """What became of a launch: resources of a thread (registers, bytes of stack and of local
-    memory) and of a block (bytes of shared memory), and machine instructions of interest."""
+    memory) and of a block (bytes of shared memory), machine instructions of interest, and how far
+    loads run ahead of a loop that streams rows."""
 
     kernel: str
     case: str
@@ -93,6 +94,9 @@ class Compiled:
     shared: int
     wide_loads: int  # of 16 bytes from global memory
     matrix: list[str]
+    copies: list[str]  # kinds of background copies into shared memory, by their bytes
+    buffers: int  # in shared memory, of a tile that is copied in the background; 0 without such
+    on_their_way: int  # copies of tiles that are, where a loop waits for the one that it needs
 
 
 CASES = [
@@ -261,6 +265,9 @@ def compile_launch(index: int, target: int) -> Compiled:
     source, options = specialise(launch)
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     usage, sass = inspect_cubin(compiled.asm["cubin"])
+    ttgir = compiled.asm["ttgir"]
+    buffers = re.findall(r"local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x", ttgir)
+    waits = re.findall(r"ttg\.async_wait .*\{num = (\d+)", ttgir)
     blocks = {
         k: v
         for k, v in launch.arguments.items()
@@ -283,6 +290,9 @@ def compile_launch(index: int, target: int) -> Compiled:
         shared=compiled.metadata.shared,
         wide_loads=len(re.findall(r"\b(?:LDG\.E\.128|LDGSTS\.E\.(?:\w+\.)*128)\b", sass)),
         matrix=sorted(set(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", sass))),
+        copies=sorted(set(re.findall(r"\bLDGSTS\.[\w.]+", sass))),
+        buffers=max(map(int, buffers), default=0),
+        on_their_way=max(map(int, waits), default=0),
     )
 
 
@@ -322,13 +332,14 @@ def markdown(results: list[Compiled]) -> str:
         f"Compiled ahead of time by Triton {triton.__version__}; nothing here was run.",
         "",
         "| kernel | case | configuration | sm | registers | stack | shared | 16-byte loads"
-        " | matrix |",
-        "|---|---|---|---|---|---|---|---|---|",
+        " | buffers | on their way | matrix |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for x in results:
         lines.append(
             f"| {x.kernel} | {x.case} | {x.configuration} | {x.target} | {x.registers}"
-            f" | {x.stack + x.local} | {x.shared} | {x.wide_loads} | {' '.join(x.matrix)} |"
+            f" | {x.stack + x.local} | {x.shared} | {x.wide_loads} | {x.buffers}"
+            f" | {x.on_their_way} | {' '.join(x.matrix)} |"
         )
     return "\n".join(lines) + "\n"
 
