@@ -1,9 +1,10 @@
 """Exact Top-K of the token scores plus the recent window (Tu et al., ICLR 2025; recipe step 5).
 
 One program selects for one segment, that is one (layer, sequence, KV head), so one launch serves
-the whole model. A radix search over the score's bits finds the least kept score in four passes,
-eight bits each; a fifth pass writes the kept positions in ascending order. Nothing is sorted and
-the host learns nothing, so nothing waits for it.
+the whole model. A radix search over the score's bits finds the least kept score in four passes at
+most, eight bits each: where those found so far tell what is kept from what is not, the rest is left
+out. One more pass writes the kept positions in ascending order. Nothing is sorted and the host
+learns nothing, so nothing waits for it.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ class SelectLaunch(NamedTuple):
 
 
 def select_launch(max_seqlen: int) -> SelectLaunch:
-    """Small blocks for short segments, which come in numbers; else many loads under way."""
+    """Small blocks for short segments, which come in numbers; else many loads under way, by no more
+    warps than leave a multiprocessor room for a second program: segments come by the hundred."""
     if max_seqlen <= 1024:
         return SelectLaunch(BLOCK=1024, num_warps=4)
-    return SelectLaunch(BLOCK=4096, num_warps=16)
+    return SelectLaunch(BLOCK=2048, num_warps=8)
 
 
 def select_tokens(

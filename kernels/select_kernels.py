@@ -68,10 +68,13 @@ def _select_kernel(
         # Find the rank of the last score that is kept, from its highest digit to its lowest:
         # `prefix` are the digits found, `taken` how many of its candidates are still to be kept.
         prefix = tl.zeros((), tl.uint32)
-        taken = keep - window
+        taken, candidates = keep - window, ranked
         for shift in tl.static_range(24, -1, -8):
+            # Once all candidates are kept, or none is, lower digits tell nothing apart: those of an
+            # empty histogram let all of them pass.
+            end = tl.where((taken > 0) & (taken < candidates), ranked, 0)
             histogram = tl.zeros((256,), tl.int32)
-            for start in range(0, ranked, BLOCK):
+            for start in range(0, end, BLOCK):
                 positions = start + tl.arange(0, BLOCK)
                 ranks = _load_ranks(scores_ptr, positions, ranked)
                 candidate = positions < ranked
@@ -80,8 +83,11 @@ def _select_kernel(
                 digits = (ranks >> shift) & 255
                 histogram += tl.histogram(digits.to(tl.int32), 256, mask=candidate)
             up_to = tl.cumsum(histogram, 0)
-            digit = tl.sum((up_to < taken).to(tl.int32))
-            taken -= tl.sum(tl.where(tl.arange(0, 256) < digit, histogram, 0))
+            digit = tl.minimum(tl.sum((up_to < taken).to(tl.int32)), 255)
+            bins = tl.arange(0, 256)
+            found = tl.sum(tl.where(bins == digit, histogram, 0))
+            candidates = tl.where(end > 0, found, candidates)
+            taken -= tl.sum(tl.where(bins < digit, histogram, 0))
             prefix |= digit.to(tl.uint32) << shift
 
         # Keep what ranks before `prefix`, the first `taken` of what equals it, and the window.
@@ -91,13 +97,17 @@ def _select_kernel(
             positions = start + tl.arange(0, BLOCK)
             ranks = _load_ranks(scores_ptr, positions, ranked)
             competes = positions < ranked
-            better = ((competes & (ranks < prefix)) | ~competes).to(tl.int32)
-            equal = (competes & (ranks == prefix)).to(tl.int32)
-            better_rank = better_before + tl.cumsum(better, 0) - better
-            equal_rank = equal_before + tl.cumsum(equal, 0) - equal
-            kept = (better == 1) | ((equal == 1) & (equal_rank < taken))
+            better = (competes & (ranks < prefix)) | ~competes
+            equal = competes & (ranks == prefix)
+            # Both counted by one scan: a block has fewer than 2**16 of each.
+            counts = better.to(tl.int32) + (equal.to(tl.int32) << 16)
+            ahead = tl.cumsum(counts, 0) - counts
+            better_rank = better_before + (ahead & 0xFFFF)
+            equal_rank = equal_before + (ahead >> 16)
+            kept = better | (equal & (equal_rank < taken))
             target = offset + better_rank + tl.minimum(equal_rank, taken)
             kept = kept & (positions < length) & (target < total_kept)
             tl.store(indices_ptr + target, positions, mask=kept)
-            better_before += tl.sum(better)
-            equal_before += tl.sum(equal)
+            total = tl.sum(counts)
+            better_before += total & 0xFFFF
+            equal_before += total >> 16
