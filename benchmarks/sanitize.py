@@ -10,7 +10,7 @@ from measure import DEVICE, DTYPE
 from torch import Tensor
 
 from vlcache_triton.kernels.append import append_kv
-from vlcache_triton.kernels.compact import compact_kv, compact_kv_
+from vlcache_triton.kernels.compact import COLUMN_BYTES, IN_PLACE_BYTES, compact_kv, compact_kv_
 from vlcache_triton.kernels.decode import varlen_decode
 from vlcache_triton.kernels.remainder import store_means, sum_evicted
 from vlcache_triton.kernels.score import post_vision_stats
@@ -33,6 +33,23 @@ def floats(*shape: int) -> Tensor:
 def starts_of(lengths: list[int]) -> Tensor:
     """cu_seqlens."""
     return ints(0, *torch.tensor(lengths).cumsum(0).tolist())
+
+
+def several_tiles_in_place() -> None:
+    """Tiles that move over rows which are still to be read, by columns of either width."""
+    for num_heads in (1, 40):  # so few programs that columns are narrow, and enough of them
+        length = 3 * IN_PLACE_BYTES // min(COLUMN_BYTES)
+        k, v = (floats(length, num_heads, HEAD_SIZE) for _ in range(2))
+        scores = torch.rand(num_heads, length, device=DEVICE)
+        kept = length - length // 5
+        whole, keep, none = ints(0, length), ints(kept), ints(0)
+        selection = select_tokens(scores, whole, keep, none, max_seqlen=length)
+        rows = selection.indices[: num_heads * kept].view(num_heads, kept).long()
+        heads = torch.arange(num_heads, device=DEVICE)[:, None]
+        expected = k[rows, heads], v[rows, heads]
+        compact_kv_(k, v, whole, *selection, max_kept=kept)
+        for x, moved in zip((k, v), expected, strict=True):
+            assert torch.equal(x[:kept].transpose(0, 1), moved)
 
 
 def main() -> None:
@@ -73,6 +90,7 @@ def main() -> None:
     post_vision_stats(q, k, starts_q, starts, ROWS, longest, block_table=table)
     varlen_decode(q, k, v, starts_q, starts, ROWS, longest, causal=True, block_table=table)
     compact_kv_(k, v, starts, *selection, max_kept=max(kept), block_table=table)
+    several_tiles_in_place()
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     print("one pass of each kernel: done")

@@ -20,11 +20,19 @@ from .checks import (
     interpreted,
 )
 from .compact_kernels import _compact_in_place_kernel, _compact_kernel
-from .launch import Launch, cache_constants, current, once_per_signature, to_device
+from .launch import (
+    Launch,
+    cache_constants,
+    current,
+    num_multiprocessors,
+    once_per_signature,
+    to_device,
+)
 
 TILE_BYTES = 8192  # of K, and as many of V: 32 registers a thread, so that many programs fit
-ROWS_IN_PLACE = 256  # of a tile of columns: 16 KiB, as only so many programs can run at once
-COLUMN_BYTES = 64  # what memory hands out at a time
+IN_PLACE_BYTES = 32768  # of a tile in place, as only so many programs can run at once
+COLUMN_BYTES = (64, 32)  # of a program in place: what memory hands out at a time, and the L2 cache
+MAX_GRID = 65535  # of every axis but the first
 
 
 def tile_rows(head_size: int, itemsize: int) -> int:
@@ -135,7 +143,9 @@ def _prepare(
         "ALIGNED": False,  # of addresses, which are none here
         "num_warps": 4,
     }
-    return Launch((num_segments, triton.cdiv(max_kept, rows)), constants)
+    tiles = max(triton.cdiv(max_kept, rows), 1)
+    shared = triton.cdiv(tiles, MAX_GRID)  # evenly, by as many programs along the third axis
+    return Launch((num_segments, triton.cdiv(tiles, shared), shared), constants)
 
 
 def compact_layers(
@@ -202,7 +212,7 @@ def compact_layers(
         if num_segments == 0 or max_kept <= 0:
             return
         with current(out_k.device):
-            _compact_kernel[(len(table) * num_segments, launch.grid[1])](
+            _compact_kernel[(len(table) * num_segments, *launch.grid[1:])](
                 k_ptr=k[like],
                 v_ptr=v[like],
                 layers_ptr=to_device(torch.tensor(table), out_k.device),
@@ -236,14 +246,19 @@ def compact_kv_(
     For engines whose caches get shorter where they are: no adapter of ours calls it.
 
     Cost: a program walks a whole segment, as a tile may only move when those before it have. So
-    K and V and their columns, 64 bytes each, go to programs of their own.
+    K and V and their columns, 64 bytes each, go to programs of their own; 32 where these are fewer
+    than multiprocessors, as at batch 1.
     """
     num_segments = check_selection(k, v, cu_seqlens_k, indices, cu_kept, block_table)
     if num_segments == 0 or max_kept <= 0:
         return
-    columns_k, columns_v = (COLUMN_BYTES // x.element_size() for x in (k, v))
-    slices_k = triton.cdiv(k.shape[-1], columns_k)
-    slices_v = triton.cdiv(v.shape[-1], columns_v)
+    multiprocessors = num_multiprocessors(k.device)
+    for column_bytes in COLUMN_BYTES:
+        columns_k, columns_v = (column_bytes // x.element_size() for x in (k, v))
+        slices_k = triton.cdiv(k.shape[-1], columns_k)
+        slices_v = triton.cdiv(v.shape[-1], columns_v)
+        if num_segments * (slices_k + slices_v) >= multiprocessors:
+            break
     with current(k.device):
         _compact_in_place_kernel[(num_segments, slices_k + slices_v)](
             k_ptr=k,
@@ -255,7 +270,7 @@ def compact_kv_(
             **source_constants(k, v, block_table),
             COLUMNS_K=columns_k,
             COLUMNS_V=columns_v,
-            ROWS=ROWS_IN_PLACE,
+            ROWS=IN_PLACE_BYTES // column_bytes,
             num_warps=8,
         )
 

@@ -63,7 +63,8 @@ def _compact_kernel(
     ALIGNED: tl.constexpr,
 ):
     """One tile of ROWS kept rows of one segment, of one layer."""
-    segment, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    segment = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     if layers_ptr is not None:
         source, segment = segment // num_segments, segment % num_segments
         layer, k_ptr, v_ptr = _source_of_layer(source, k_ptr, v_ptr, layers_ptr, ALIGNED)
@@ -109,33 +110,11 @@ def _compact_kernel(
 
 
 @triton.jit
-def _load_kept(
+def _move_to_front(
     x_ptr,  # at the head
-    targets,  # [ROWS], which of the kept rows
     kept,
     columns,  # [COLUMNS]
     indices_ptr,  # at the segment
-    start,
-    block_table_ptr,
-    stride_page,
-    stride_row,
-    PAGE_SIZE: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-):
-    """Columns of kept rows from where they lie, `[ROWS, COLUMNS]`."""
-    live = targets < kept
-    positions = tl.load(indices_ptr + targets, mask=live, other=0)
-    at = row_offsets(positions, live, start, block_table_ptr, stride_page, stride_row, PAGE_SIZE)
-    mask = live[:, None] & (columns < HEAD_SIZE)[None, :]
-    return tl.load(x_ptr + at[:, None] + columns[None, :], mask=mask)
-
-
-@triton.jit
-def _move_to_front(
-    x_ptr,
-    kept,
-    columns,
-    indices_ptr,
     start,
     block_table_ptr,
     stride_page,
@@ -148,43 +127,26 @@ def _move_to_front(
 
     Kept positions ascend, so kept row j lies at a position >= j: the tile that starts at row t
     reads positions >= t and writes positions [t, t + ROWS), which no later tile reads. So a tile
-    may be written as soon as it has been read whole, and the next may be read before that.
+    may be written once it has been read whole, which the barrier sees to: behind it, PTX has all
+    earlier reads of the block performed. And the next may be read while the writes are under way.
+    Where it lies is known by then. Its rows are not carried through the loop: Triton carries 16-bit
+    elements one by one, and their moves would wait for the reads before the writes.
     """
     targets = tl.arange(0, ROWS)
-    tile = _load_kept(
-        x_ptr,
-        targets,
-        kept,
-        columns,
-        indices_ptr,
-        start,
-        block_table_ptr,
-        stride_page,
-        stride_row,
-        PAGE_SIZE,
-        HEAD_SIZE,
-    )
-    for _ in range(0, kept, ROWS):
-        tl.debug_barrier()  # every warp has read its part of the tile
-        next_tile = _load_kept(
-            x_ptr,
-            targets + ROWS,
-            kept,
-            columns,
-            indices_ptr,
-            start,
-            block_table_ptr,
-            stride_page,
-            stride_row,
-            PAGE_SIZE,
-            HEAD_SIZE,
-        )
+    positions = tl.load(indices_ptr + targets, mask=targets < kept, other=0)
+    for first in range(0, kept, ROWS):
+        targets = first + tl.arange(0, ROWS)
         live = targets < kept
-        at = row_offsets(targets, live, start, block_table_ptr, stride_page, stride_row, PAGE_SIZE)
+        at = row_offsets(
+            positions, live, start, block_table_ptr, stride_page, stride_row, PAGE_SIZE
+        )
         mask = live[:, None] & (columns < HEAD_SIZE)[None, :]
+        tile = tl.load(x_ptr + at[:, None] + columns[None, :], mask=mask)
+        coming = targets + ROWS
+        positions = tl.load(indices_ptr + coming, mask=coming < kept, other=0)
+        at = row_offsets(targets, live, start, block_table_ptr, stride_page, stride_row, PAGE_SIZE)
+        tl.debug_barrier()  # every warp has read its part of the tile
         tl.store(x_ptr + at[:, None] + columns[None, :], tile, mask=mask)
-        targets += ROWS
-        tile = next_tile
 
 
 @triton.jit(

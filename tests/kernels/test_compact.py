@@ -17,7 +17,7 @@ from support import NO_PAGE, assert_identical, cumulative, vast_zeros
 from torch import Tensor
 
 from vlcache_triton.kernels import compact
-from vlcache_triton.kernels.compact import ROWS_IN_PLACE, compact_kv, compact_kv_
+from vlcache_triton.kernels.compact import COLUMN_BYTES, IN_PLACE_BYTES, compact_kv, compact_kv_
 
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 
@@ -139,7 +139,8 @@ def test_pages_without_kept_rows_are_not_looked_up(device: torch.device) -> None
     assert_identical(out, expected)
 
 
-N = 1000
+N = 1600
+ROWS = IN_PLACE_BYTES // COLUMN_BYTES[0]  # of a tile in place
 PATTERNS = {
     "all but the first": list(range(1, N)),
     "all but the last": list(range(N - 1)),
@@ -147,9 +148,9 @@ PATTERNS = {
     "every second": list(range(1, N, 2)),
     "the last few": list(range(N - 5, N)),
     "the last half": list(range(N // 2, N)),
-    "just more than a tile, moved by one": list(range(1, ROWS_IN_PLACE + 2)),
-    "a tile, moved by a tile": list(range(ROWS_IN_PLACE, 2 * ROWS_IN_PLACE)),
-    "a tile and the one behind": list(range(ROWS_IN_PLACE - 1, 3 * ROWS_IN_PLACE)),
+    "just more than a tile, moved by one": list(range(1, ROWS + 2)),
+    "a tile, moved by a tile": list(range(ROWS, 2 * ROWS)),
+    "a tile and the one behind": list(range(ROWS - 1, 3 * ROWS)),
 }
 
 
@@ -275,7 +276,8 @@ def test_any_selection_is_gathered(data: st.DataObject) -> None:
         seed=data.draw(st.integers(0, 99), "seed"),
     )
     out_page_size = data.draw(st.sampled_from([None, 1, 7]), "out page size")
-    small = mock.patch.multiple(compact, TILE_BYTES=8 * 16 * 2, ROWS_IN_PLACE=8)
-    with small:
+    multiprocessors = data.draw(st.sampled_from([1, 1000]), "multiprocessors")  # columns of 64, 32
+    small = dict(TILE_BYTES=8 * 16 * 2, IN_PLACE_BYTES=8 * 64)
+    with mock.patch.multiple(compact, num_multiprocessors=lambda _: multiprocessors, **small):
         assert_out_of_place(case, out_page_size)
         assert_in_place(case)

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from kept import random_case
+from kept import assert_out_of_place, random_case
 from support import FRAME, Operators, Recorder, cumulative
 
 from vlcache_triton.kernels import compact
 from vlcache_triton.kernels.compact import (
     COLUMN_BYTES,
-    ROWS_IN_PLACE,
+    IN_PLACE_BYTES,
     TILE_BYTES,
     compact_kv,
     compact_kv_,
@@ -104,11 +104,39 @@ def test_grids(recorders, d: int, dtype: torch.dtype) -> None:
         sources, target = meta_arguments(4000, most, dtype, d=d)
         compact_kv(**sources, **target)
         compact_kv_(**sources)
-        assert out_of_place.grids[-1] == (6, -(-most // tile_rows(d, itemsize)))
-        assert in_place.grids[-1] == (6, 2 * -(-d * itemsize // COLUMN_BYTES))
-    columns = in_place.constants[0]["COLUMNS_K"]
-    assert columns * itemsize == COLUMN_BYTES
-    assert ROWS_IN_PLACE * columns * itemsize == 16384
+        assert out_of_place.grids[-1] == (6, -(-most // tile_rows(d, itemsize)), 1)
+        assert in_place.grids[-1] == (6, 2 * -(-d * itemsize // 64))
+
+
+@pytest.mark.parametrize(("multiprocessors", "column_bytes"), [(48, 64), (49, 32), (1000, 32)])
+def test_few_segments_in_place_go_by_narrow_columns(
+    recorders, monkeypatch, multiprocessors: int, column_bytes: int
+) -> None:
+    """6 segments of K and V, 4 columns of 64 bytes each, are 48 programs."""
+    monkeypatch.setattr(compact, "num_multiprocessors", lambda _: multiprocessors)
+    compact_kv_(**meta_arguments(4000, 2000, HALF, d=128)[0])
+    assert column_bytes in COLUMN_BYTES
+    assert recorders[1].grids == [(6, 2 * 256 // column_bytes)]
+    constants = recorders[1].constants[0]
+    assert constants["COLUMNS_K"] * 2 == constants["COLUMNS_V"] * 2 == column_bytes
+    assert constants["ROWS"] * column_bytes == IN_PLACE_BYTES
+
+
+def test_grids_of_a_million_tokens(recorders) -> None:
+    """No axis but the first may pass 65,535."""
+    sources, target = meta_arguments(2**20, 2**20, FLOAT, d=256)
+    compact_kv(**sources, **target)
+    compact_kv_(**sources)
+    tiles = 2**20 // tile_rows(256, 4)
+    assert tiles > 65535
+    assert recorders[0].grids == [(6, tiles // 3 + 1, 3)]
+    assert recorders[1].grids == [(6, 32)]
+
+
+def test_tiles_along_two_axes(device: torch.device, monkeypatch) -> None:
+    monkeypatch.setattr(compact, "MAX_GRID", 3)
+    monkeypatch.setattr(compact, "TILE_BYTES", 8 * 64 * 2)
+    assert_out_of_place(random_case([77, 9], [71, 8], num_kv_heads=1, device=device))
 
 
 @pytest.mark.parametrize("paged", [False, True])
