@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from measure import DEVICE, DTYPE, HAS_GPU, check, num_copies
 from torch import Tensor
 
-from vlcache_triton.kernels import decode, reference
+from vlcache_triton.kernels import decode, reference, schedule
 
 HEADS, D = ((8, 4), 128) if HAS_GPU else ((2, 2), 16)  # KV heads, and query heads of each
 SCALE = 1 if HAS_GPU else 64  # a miniature's lengths are shorter by so much
@@ -75,6 +75,8 @@ def make_caches() -> dict[str, Cache]:
 
 
 CACHES = make_caches()
+SCHEDULED = {"capacity-page-16", "64x2048", "one-page-16", "capacity-ragged", "one-long"}
+SCHEDULED |= {"recorded-least", "recorded-most"}
 
 
 class Inputs(NamedTuple):
@@ -161,13 +163,42 @@ def facts(name: str) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("name", CACHES)
-def test_caches(measure, name):
+def table_of(x: Inputs) -> Tensor:
+    """What a step makes for a layer like this."""
+    where = x.where | {"seqused_k": x.where["seqused_k"][None]}
+    args = (x.q, x.k, x.v, x.starts_k[None], 1, x.max_seqlen_k)
+    return schedule.decode_schedule(*args, **where)
+
+
+WAYS = [(n, by) for n in CACHES for by in ("ours", "ours, scheduled")[: 1 + (n in SCHEDULED)]]
+
+
+@pytest.mark.parametrize(("name", "by"), WAYS)
+def test_caches(measure, name, by):
+    """A schedule is made once a step for all layers, and is not in the time."""
     inputs = case(name)
+    launches: list[Callable] = [x.decode for x in inputs]
+    if by != "ours":
+        launches = [functools.partial(x.decode, schedule=table_of(x)[0]) for x in inputs]
+        check(launches[0](), expected(inputs[0]))
     q, k = inputs[0].q, inputs[0].k
     row = k.shape[-2] * D * k.itemsize
     nbytes = 2 * sum(CACHES[name].lengths) * row + 2 * q.nbytes  # K and V that live; q, output
-    measure([x.decode for x in inputs], nbytes=nbytes, peer="ours", **facts(name))
+    measure(launches, nbytes=nbytes, peer=by, **facts(name))
+
+
+@pytest.mark.parametrize("name", ["capacity-ragged", "one-long"])
+def test_schedule(measure, name):
+    """The table of 32 layers."""
+    x = case(name)[0]
+    starts, used = x.starts_k.expand(32, -1).contiguous(), x.where["seqused_k"].expand(32, -1)
+    args = (x.q, x.k, x.v, starts, 1, x.max_seqlen_k)
+    table = schedule.decode_schedule(*args, seqused_k=used.contiguous())
+    launch = functools.partial(schedule.decode_schedule, *args, seqused_k=used.contiguous())
+    assert torch.equal(launch(out=table)[0], table_of(x)[0])
+    measure(
+        [functools.partial(launch, out=table)], nbytes=table.nbytes, peer="table", **facts(name)
+    )
 
 
 class NotLaunched:

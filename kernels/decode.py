@@ -8,7 +8,7 @@ be captured in a CUDA graph and replayed while the lengths change.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,14 +33,17 @@ from .launch import (
     once_per_signature,
     padded,
 )
+from .schedule_kernels import _combine_pieces_kernel, _scheduled_kernel
 from .types import MAX_SEQLEN_Q
 
 __all__ = [
     "MAX_SEQLEN_Q",
     "DecodeLaunch",
+    "ScheduleLaunch",
     "append_kv",
     "decode_launch",
     "decode_workspace",
+    "schedule_launch",
     "varlen_decode",
 ]
 
@@ -103,6 +106,30 @@ def decode_launch(
     )
 
 
+class ScheduleLaunch(NamedTuple):
+    """A fixed grid that shares out key blocks (schedule.py): so many programs for each KV head and
+    block of rows, of min_share blocks at least where there are as many."""
+
+    num_programs: int
+    min_share: int
+
+
+def schedule_launch(
+    launch: DecodeLaunch,
+    rows: int,
+    num_kv_heads: int,
+    num_seqs: int,
+    max_seqlen_k: int,
+    multiprocessors: int,
+) -> ScheduleLaunch:
+    """As many programs as run at once, whatever the sequences; rows are max_seqlen_q * group."""
+    parts = max(num_kv_heads * launch.num_row_blocks, 1)
+    wanted = max(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // parts, 1)
+    min_share = max(triton.cdiv(4 * min(rows, launch.BLOCK_M), launch.BLOCK_N), 1)
+    most_blocks = num_seqs * triton.cdiv(max_seqlen_k, launch.BLOCK_N)
+    return ScheduleLaunch(max(min(wanted, triton.cdiv(most_blocks, min_share)), 1), min_share)
+
+
 def varlen_decode(
     q: Tensor,
     k: Tensor,
@@ -122,6 +149,7 @@ def varlen_decode(
     return_softmax_lse: bool = False,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
+    schedule: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of 1 to 16 query rows a sequence over its cache.
 
@@ -150,6 +178,9 @@ def varlen_decode(
         out: `[total_q, num_heads, d_v]`, written where given.
         workspace: what `decode_workspace` makes for these arguments, or a larger one; for the
             launches of one stream. Made where not given.
+        schedule: a layer's row of what `decode_schedule` (schedule.py) makes: the live keys are
+            then cut evenly over a fixed grid, and workspace is what decode_workspace makes with
+            scheduled=True. A result depends, in its rounding, on the lengths of the others too.
 
     Returns:
         `[total_q, num_heads, d_v]` of q's dtype. A row that sees no key is 0 with lse -inf.
@@ -169,6 +200,7 @@ def varlen_decode(
         first_key_bias,
         out,
         workspace,
+        schedule,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
         softmax_scale=softmax_scale,
@@ -185,36 +217,43 @@ def varlen_decode(
         if workspace is None:
             workspace = q.new_empty(launch.workspace_size, dtype=torch.float32)
         to, to_lse = workspace, workspace[launch.workspace_rows * v.shape[-1] :]
+    keys = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "cu_seqlens_q_ptr": cu_seqlens_q,
+        "cu_seqlens_k_ptr": cu_seqlens_k,
+        "seqused_k_ptr": seqused_k,
+        "block_table_ptr": block_table,
+        "first_key_bias_ptr": first_key_bias,
+    }
+    partial = {"partial_out_ptr": to, "partial_lse_ptr": to_lse}
+    result = {"out_ptr": out, "lse_ptr": lse, "cu_seqlens_q_ptr": cu_seqlens_q}
     with current(q.device):
-        _split_kernel[launch.splits.grid](
-            q_ptr=q,
-            k_ptr=k,
-            v_ptr=v,
-            cu_seqlens_q_ptr=cu_seqlens_q,
-            cu_seqlens_k_ptr=cu_seqlens_k,
-            seqused_k_ptr=seqused_k,
-            block_table_ptr=block_table,
-            first_key_bias_ptr=first_key_bias,
-            out_ptr=to,
-            lse_ptr=to_lse,
-            **launch.splits.constants,
-        )
+        if schedule is not None:
+            keys |= {"schedule_ptr": schedule, "out_ptr": out, "lse_ptr": lse}
+            _scheduled_kernel[launch.splits.grid](**keys, **partial, **launch.splits.constants)
+            assert launch.combination is not None
+            _combine_pieces_kernel[launch.combination.grid](
+                **partial, **result, schedule_ptr=schedule, **launch.combination.constants
+            )
+            return (out, lse) if lse is not None else out
+        keys |= {"out_ptr": to, "lse_ptr": to_lse}
+        _split_kernel[launch.splits.grid](**keys, **launch.splits.constants)
         if launch.combination is not None:
             _combine_splits_kernel[launch.combination.grid](
-                partial_out_ptr=to,
-                partial_lse_ptr=to_lse,
-                cu_seqlens_q_ptr=cu_seqlens_q,
+                **partial,
+                **result,
                 cu_seqlens_k_ptr=cu_seqlens_k,
                 seqused_k_ptr=seqused_k,
-                out_ptr=out,
-                lse_ptr=lse,
                 **launch.combination.constants,
             )
     return (out, lse) if lse is not None else out
 
 
 class _Prepared(NamedTuple):
-    """Launches of a signature: attention of the splits, and their combination where several."""
+    """Launches of a signature: attention of the splits, and their combination where several; or
+    of what a schedule gives each program, and of pieces."""
 
     splits: Launch
     combination: Launch | None
@@ -234,6 +273,7 @@ def _prepare(
     first_key_bias,
     out,
     workspace,
+    schedule,
     *,
     max_seqlen_q: int,
     max_seqlen_k: int,
@@ -250,24 +290,51 @@ def _prepare(
     num_kv_heads, d_v = v.shape[-2:]
     _check_bias(first_key_bias, q, num_seqs * num_kv_heads, window_size)
     plan = _launch_for(q, v, num_seqs, max_seqlen_q, max_seqlen_k, multiprocessors)
-    needed = _workspace_size(plan, q, v)
-    _check_workspace(workspace, q, needed)
     total_q, num_heads, d = q.shape
+    group = num_heads // num_kv_heads
+    rows = max_seqlen_q * group
+    scheduled = None
+    if schedule is not None:
+        scheduled = schedule_launch(
+            plan, rows, num_kv_heads, num_seqs, max_seqlen_k, multiprocessors
+        )
+        expect_same_device(q=q, schedule=schedule)
+        expect_array("schedule", schedule, (num_seqs + scheduled.num_programs + 2,))
+    workspace_rows = _workspace_rows(plan, scheduled, q, num_seqs, rows * num_kv_heads)
+    _check_workspace(workspace, q, workspace_rows * (d_v + 1))
     max_keys = max_seqlen_k
     if block_table is not None:
         max_keys = min(max_keys, block_table.shape[1] * k.shape[1])
     scale = (d**-0.5 if softmax_scale is None else softmax_scale) * math.log2(math.e)
     left, right = window_size[0], 0 if causal else window_size[1]
-    shared = {  # by both kernels
-        "max_keys": max_keys,
-        "num_rows": total_q * num_heads,
-        "split_size": plan.split_size,
+    shared: dict[str, Any] = {  # by both kernels
         "stride_out_row": num_heads * d_v if out is None else out.stride(0),
         "stride_out_head": d_v if out is None else out.stride(1),
         "HEAD_SIZE_V": d_v,
         "D_V": padded(d_v),
     }
-    splits = {
+    if scheduled is None:
+        lengths = {
+            "max_keys": max_keys,
+            "num_rows": total_q * num_heads,
+            "split_size": plan.split_size,
+        }
+        shared |= lengths
+        combination: dict[str, Any] = {"num_heads": num_heads, "PAGED": block_table is not None}
+        splits: dict[str, Any] = {"DIRECT": plan.num_splits == 1}
+        grid = (num_seqs * plan.num_row_blocks * num_kv_heads, plan.num_splits)
+    else:
+        shared |= {
+            "total_q": total_q,
+            "num_seqs": num_seqs,
+            "num_kv_heads": num_kv_heads,
+            "GROUP": group,
+            "rows_per_piece": rows,
+            **scheduled._asdict(),
+        }
+        combination, splits = {}, {"max_keys": max_keys}
+        grid = (plan.num_row_blocks * num_kv_heads, scheduled.num_programs)
+    splits |= {
         **shared,
         **cache_constants(block_table, k=k, v=v),
         "scale_log2": scale * (2.0 / softcap if softcap > 0 else 1.0),
@@ -280,50 +347,59 @@ def _prepare(
         "stride_q_head": q.stride(1),
         "HEAD_SIZE": d,
         "D": padded(d),
-        "GROUP": num_heads // num_kv_heads,
+        "GROUP": group,
         "BOUND_LEFT": left >= 0,
         "BOUND_RIGHT": right >= 0,
         "SOFTCAP": softcap > 0,
-        "DIRECT": plan.num_splits == 1,
         "BLOCK_M": plan.BLOCK_M,
         "BLOCK_N": plan.BLOCK_N,
         "num_warps": plan.num_warps,
         "num_stages": plan.num_stages,
         "maxnreg": plan.maxnreg,
     }
-    combination = {
-        **shared,
-        "num_heads": num_heads,
-        "PAGED": block_table is not None,
-        "BLOCK_S": 32,
-        "num_warps": 4,
-    }
-    grid = (num_seqs * plan.num_row_blocks * num_kv_heads, plan.num_splits)
+    combination |= {**shared, "BLOCK_S": 32, "num_warps": 4}
+    combines = scheduled is not None or plan.num_splits > 1
     return _Prepared(
         Launch(grid, splits),
-        Launch((num_seqs * num_heads, max_seqlen_q), combination) if plan.num_splits > 1 else None,
-        plan.num_splits * total_q * num_heads,
-        needed,
+        Launch((num_seqs * num_heads, max_seqlen_q), combination) if combines else None,
+        workspace_rows,
+        workspace_rows * (d_v + 1),
     )
 
 
 def decode_workspace(
-    q: Tensor, v: Tensor, num_seqs: int, max_seqlen_q: int, max_seqlen_k: int
+    q: Tensor,
+    v: Tensor,
+    num_seqs: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    scheduled: bool = False,
 ) -> Tensor:
     """Memory for the partial results of varlen_decode with these shapes, fp32.
 
-    Only the shapes, dtype and device of q and v (as varlen_decode takes them) matter.
+    Only the shapes, dtype and device of q and v (as varlen_decode takes them) matter, and whether
+    a schedule is given.
     """
-    multiprocessors = num_multiprocessors(q.device)
-    launch = _launch_for(q, v, num_seqs, max_seqlen_q, max_seqlen_k, multiprocessors)
-    return torch.empty(_workspace_size(launch, q, v), dtype=torch.float32, device=q.device)
+    multiprocessors, num_kv_heads = num_multiprocessors(q.device), v.shape[-2]
+    plan = _launch_for(q, v, num_seqs, max_seqlen_q, max_seqlen_k, multiprocessors)
+    rows, schedule = max_seqlen_q * q.shape[1] // num_kv_heads, None
+    if scheduled:
+        schedule = schedule_launch(
+            plan, rows, num_kv_heads, num_seqs, max_seqlen_k, multiprocessors
+        )
+    size = _workspace_rows(plan, schedule, q, num_seqs, rows * num_kv_heads) * (v.shape[-1] + 1)
+    return torch.empty(size, dtype=torch.float32, device=q.device)
 
 
-def _workspace_size(launch: DecodeLaunch, q: Tensor, v: Tensor) -> int:
-    """A row and its log-sum-exp for each split and (query row, head); none without splits."""
-    if launch.num_splits == 1:
-        return 0
-    return launch.num_splits * q.shape[0] * q.shape[1] * (v.shape[-1] + 1)
+def _workspace_rows(
+    plan: DecodeLaunch, schedule: ScheduleLaunch | None, q: Tensor, num_seqs: int, rows: int
+) -> int:
+    """Rows, each with its log-sum-exp: one for each split and (query row, head), none without
+    splits; with a schedule, `rows` of all heads for each piece."""
+    if schedule is not None:
+        return (schedule.num_programs + num_seqs) * rows
+    return 0 if plan.num_splits == 1 else plan.num_splits * q.shape[0] * q.shape[1]
 
 
 def _launch_for(

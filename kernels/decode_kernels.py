@@ -13,7 +13,7 @@ LENGTHS = ["cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_k_ptr"]
 
 
 @triton.jit
-def _live_keys(seq, cu_seqlens_k_ptr, seqused_k_ptr, max_keys, PAGED: tl.constexpr):
+def live_keys(seq, cu_seqlens_k_ptr, seqused_k_ptr, max_keys, PAGED: tl.constexpr):
     """Live keys of a sequence: never more than it has memory for."""
     return tl.minimum(live_length(seq, cu_seqlens_k_ptr, seqused_k_ptr, not PAGED), max_keys)
 
@@ -92,6 +92,138 @@ def _attend(
     return row_max, row_sum, acc
 
 
+@triton.jit
+def attend_rows(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    block_table_ptr,
+    first_key_bias_ptr,
+    seq,
+    head,
+    row_block,
+    start_q,
+    n_q,
+    start,  # of the sequence's keys, as sequence_start has it
+    begin,
+    end,
+    n_k,
+    num_kv_heads,
+    scale_log2,
+    softcap_log2,
+    window_left,
+    window_right,
+    stride_q_row,
+    stride_q_head,
+    stride_k_page,
+    stride_k_row,
+    stride_k_head,
+    stride_v_page,
+    stride_v_row,
+    stride_v_head,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_SIZE_V: tl.constexpr,
+    D: tl.constexpr,
+    D_V: tl.constexpr,
+    GROUP: tl.constexpr,
+    BOUND_LEFT: tl.constexpr,
+    BOUND_RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Attention of BLOCK_M (query row, head) pairs over the keys from begin to end of a sequence:
+    rows `[BLOCK_M, D_V]` and log2-sum-exp2 `[BLOCK_M]`. Long by what it is told."""
+    rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    tokens, heads = rows // GROUP, rows % GROUP
+    row_offset = (start_q + tokens).to(tl.int64)
+    at_q = row_offset * stride_q_row + (head * GROUP + heads) * stride_q_head
+    q = load_rows(q_ptr, at_q, tokens < n_q, HEAD_SIZE, D)
+
+    # Bottom-right aligned: the last query row's diagonal is the last live key.
+    diagonal = n_k - n_q + tokens
+    first_diagonal = n_k - n_q + row_block * BLOCK_M // GROUP
+    last_token = tl.minimum((row_block * BLOCK_M + BLOCK_M - 1) // GROUP, n_q - 1)
+    # Keys below `full` are seen by every row and need no mask.
+    full = end
+    if BOUND_RIGHT:
+        end = tl.minimum(end, n_k - n_q + last_token + window_right + 1)
+        full = tl.minimum(full, first_diagonal + window_right + 1)
+    if BOUND_LEFT:
+        begin = tl.maximum(begin, (first_diagonal - window_left) // BLOCK_N * BLOCK_N)
+        full = begin
+    full = begin + tl.maximum(full - begin, 0) // BLOCK_N * BLOCK_N
+
+    bias = None
+    if first_key_bias_ptr is not None:
+        bias = tl.load(first_key_bias_ptr + seq * num_kv_heads + head) * 1.4426950408889634
+    row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, D_V), tl.float32)
+    for masked in tl.static_range(2):
+        row_max, row_sum, acc = _attend(
+            q,
+            row_max,
+            row_sum,
+            acc,
+            k_ptr + head * stride_k_head,
+            v_ptr + head * stride_v_head,
+            block_table_ptr,
+            start,
+            full if masked else begin,
+            end if masked else full,
+            n_k,
+            diagonal,
+            bias,
+            scale_log2,
+            softcap_log2,
+            window_left,
+            window_right,
+            stride_k_page,
+            stride_k_row,
+            stride_v_page,
+            stride_v_row,
+            PAGE_SIZE,
+            HEAD_SIZE,
+            HEAD_SIZE_V,
+            D,
+            D_V,
+            BOUND_LEFT,
+            BOUND_RIGHT,
+            SOFTCAP,
+            masked,
+            BLOCK_N,
+        )
+
+    saw_none = row_sum == 0.0
+    result = acc / tl.where(saw_none, 1.0, row_sum)[:, None]
+    lse = tl.where(saw_none, -float("inf"), row_max + tl.log2(row_sum))
+    return result, lse
+
+
+@triton.jit
+def store_result(
+    out_ptr,  # [total_q, num_heads, d_v]
+    lse_ptr,  # [num_heads, total_q], natural log, or None
+    result,
+    lse,  # log2
+    row_offset,
+    heads,
+    live_rows,
+    total_q,
+    stride_out_row,
+    stride_out_head,
+    HEAD_SIZE_V: tl.constexpr,
+    D_V: tl.constexpr,
+):
+    """Rows that are ready, where the caller wants them."""
+    at_out = row_offset * stride_out_row + heads * stride_out_head
+    store_rows(out_ptr, at_out, result, live_rows, HEAD_SIZE_V, D_V)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + heads * total_q + row_offset, lse * 0.6931471805599453, mask=live_rows)
+
+
 @triton.jit(
     do_not_specialize=[
         "max_blocks",
@@ -153,7 +285,7 @@ def _split_kernel(
     The grid is made for the capacity; what lies behind the live length exits at once. Splits are
     its slow axis: heads that share memory pages run together, and idle programs come last.
 
-    Longer than 100 lines by its 43 arguments and their way to _attend.
+    Longer than 100 lines by its 43 arguments and their way to attend_rows.
     """
     split = tl.program_id(1)
     head, rest = (tl.program_id(0) % num_kv_heads).to(tl.int64), tl.program_id(0) // num_kv_heads
@@ -162,87 +294,124 @@ def _split_kernel(
     start_q = tl.load(cu_seqlens_q_ptr + seq)
     n_q = tl.load(cu_seqlens_q_ptr + seq + 1) - start_q
     PAGED: tl.constexpr = block_table_ptr is not None
-    n_k = _live_keys(seq, cu_seqlens_k_ptr, seqused_k_ptr, max_keys, PAGED)
+    n_k = live_keys(seq, cu_seqlens_k_ptr, seqused_k_ptr, max_keys, PAGED)
     begin = split * split_size
     end = tl.minimum(begin + split_size, n_k)
 
     if (row_block * BLOCK_M < n_q * GROUP) & ((begin < n_k) | DIRECT):
         start = sequence_start(seq, cu_seqlens_k_ptr, block_table_ptr, max_blocks)
+        result, lse = attend_rows(
+            q_ptr,
+            k_ptr,
+            v_ptr,
+            block_table_ptr,
+            first_key_bias_ptr,
+            seq,
+            head,
+            row_block,
+            start_q,
+            n_q,
+            start,
+            begin,
+            end,
+            n_k,
+            num_kv_heads,
+            scale_log2,
+            softcap_log2,
+            window_left,
+            window_right,
+            stride_q_row,
+            stride_q_head,
+            stride_k_page,
+            stride_k_row,
+            stride_k_head,
+            stride_v_page,
+            stride_v_row,
+            stride_v_head,
+            PAGE_SIZE,
+            HEAD_SIZE,
+            HEAD_SIZE_V,
+            D,
+            D_V,
+            GROUP,
+            BOUND_LEFT,
+            BOUND_RIGHT,
+            SOFTCAP,
+            BLOCK_M,
+            BLOCK_N,
+        )
         rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
-        tokens, heads = rows // GROUP, rows % GROUP
+        tokens, heads = rows // GROUP, head * GROUP + rows % GROUP
         live_rows = tokens < n_q
         row_offset = (start_q + tokens).to(tl.int64)
-        at_q = row_offset * stride_q_row + (head * GROUP + heads) * stride_q_head
-        q = load_rows(q_ptr, at_q, live_rows, HEAD_SIZE, D)
-
-        # Bottom-right aligned: the last query row's diagonal is the last live key.
-        diagonal = n_k - n_q + tokens
-        first_diagonal = n_k - n_q + row_block * BLOCK_M // GROUP
-        last_token = tl.minimum((row_block * BLOCK_M + BLOCK_M - 1) // GROUP, n_q - 1)
-        # Keys below `full` are seen by every row and need no mask.
-        full = end
-        if BOUND_RIGHT:
-            end = tl.minimum(end, n_k - n_q + last_token + window_right + 1)
-            full = tl.minimum(full, first_diagonal + window_right + 1)
-        if BOUND_LEFT:
-            begin = tl.maximum(begin, (first_diagonal - window_left) // BLOCK_N * BLOCK_N)
-            full = begin
-        full = begin + tl.maximum(full - begin, 0) // BLOCK_N * BLOCK_N
-
-        bias = None
-        if first_key_bias_ptr is not None:
-            bias = tl.load(first_key_bias_ptr + seq * num_kv_heads + head) * 1.4426950408889634
-        row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-        row_sum = tl.zeros((BLOCK_M,), tl.float32)
-        acc = tl.zeros((BLOCK_M, D_V), tl.float32)
-        for masked in tl.static_range(2):
-            row_max, row_sum, acc = _attend(
-                q,
-                row_max,
-                row_sum,
-                acc,
-                k_ptr + head * stride_k_head,
-                v_ptr + head * stride_v_head,
-                block_table_ptr,
-                start,
-                full if masked else begin,
-                end if masked else full,
-                n_k,
-                diagonal,
-                bias,
-                scale_log2,
-                softcap_log2,
-                window_left,
-                window_right,
-                stride_k_page,
-                stride_k_row,
-                stride_v_page,
-                stride_v_row,
-                PAGE_SIZE,
-                HEAD_SIZE,
-                HEAD_SIZE_V,
-                D,
-                D_V,
-                BOUND_LEFT,
-                BOUND_RIGHT,
-                SOFTCAP,
-                masked,
-                BLOCK_N,
-            )
-
-        saw_none = row_sum == 0.0
-        result = acc / tl.where(saw_none, 1.0, row_sum)[:, None]
-        lse = tl.where(saw_none, -float("inf"), row_max + tl.log2(row_sum))
         if DIRECT:
-            at_out = row_offset * stride_out_row + (head * GROUP + heads) * stride_out_head
-            store_rows(out_ptr, at_out, result, live_rows, HEAD_SIZE_V, D_V)
-            if lse_ptr is not None:
-                row = (head * GROUP + heads) * (num_rows // num_heads) + row_offset
-                tl.store(lse_ptr + row, lse * 0.6931471805599453, mask=live_rows)
+            store_result(
+                out_ptr,
+                lse_ptr,
+                result,
+                lse,
+                row_offset,
+                heads,
+                live_rows,
+                num_rows // num_heads,
+                stride_out_row,
+                stride_out_head,
+                HEAD_SIZE_V,
+                D_V,
+            )
         else:
-            row = split.to(tl.int64) * num_rows + row_offset * num_heads + head * GROUP + heads
+            row = split.to(tl.int64) * num_rows + row_offset * num_heads + heads
             store_rows(out_ptr, row * HEAD_SIZE_V, result, live_rows, HEAD_SIZE_V, D_V)
             tl.store(lse_ptr + row, lse, mask=live_rows)
+
+
+@triton.jit
+def combine_row(
+    partial_out_ptr,  # fp32 [rows, d_v]
+    partial_lse_ptr,  # fp32 [rows], log2
+    row,  # of the first part
+    stride,  # in rows, from part to part
+    num_parts,
+    HEAD_SIZE_V: tl.constexpr,
+    D_V: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """One row `[D_V]` and its log2-sum-exp2 out of those of its parts, in their order."""
+    row_max = tl.full((), -float("inf"), tl.float32)
+    row_sum = tl.zeros((), tl.float32)
+    acc = tl.zeros((D_V,), tl.float32)
+    for start in range(0, num_parts, BLOCK_S):
+        parts = start + tl.arange(0, BLOCK_S)
+        live = parts < num_parts
+        rows = parts.to(tl.int64) * stride + row
+        lse = tl.load(partial_lse_ptr + rows, mask=live, other=-float("inf"))
+        values = load_rows(partial_out_ptr, rows * HEAD_SIZE_V, live, HEAD_SIZE_V, D_V)
+        new_max = tl.maximum(row_max, tl.max(lse, 0))
+        shift = tl.where(new_max == -float("inf"), 0.0, new_max)
+        weights = tl.exp2(lse - shift)
+        correction = tl.exp2(row_max - shift)
+        acc = acc * correction + tl.sum(weights[:, None] * values, 0)
+        row_sum = row_sum * correction + tl.sum(weights, 0)
+        row_max = new_max
+    saw_none = row_sum == 0.0
+    result = acc / tl.where(saw_none, 1.0, row_sum)
+    return result, tl.where(saw_none, -float("inf"), row_max + tl.log2(row_sum))
+
+
+@triton.jit
+def store_row(
+    out_ptr,  # at the row
+    lse_ptr,  # at the row, natural log, or None
+    result,
+    lse,  # log2
+    HEAD_SIZE_V: tl.constexpr,
+    D_V: tl.constexpr,
+):
+    """One row that is ready."""
+    dims = tl.arange(0, D_V)
+    tl.store(out_ptr + dims, result.to(out_ptr.dtype.element_ty), mask=dims < HEAD_SIZE_V)
+    if lse_ptr is not None:
+        tl.store(lse_ptr, lse * 0.6931471805599453)
 
 
 @triton.jit(
@@ -274,32 +443,21 @@ def _combine_splits_kernel(
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     start_q = tl.load(cu_seqlens_q_ptr + seq)
     if token < tl.load(cu_seqlens_q_ptr + seq + 1) - start_q:
-        n_k = _live_keys(seq, cu_seqlens_k_ptr, seqused_k_ptr, max_keys, PAGED)
+        n_k = live_keys(seq, cu_seqlens_k_ptr, seqused_k_ptr, max_keys, PAGED)
         num_splits = tl.cdiv(n_k, split_size)
         q_row = (start_q + token).to(tl.int64)
-        row = q_row * num_heads + head
-        dims = tl.arange(0, D_V)
-        row_max = tl.full((), -float("inf"), tl.float32)
-        row_sum = tl.zeros((), tl.float32)
-        acc = tl.zeros((D_V,), tl.float32)
-        for start in range(0, num_splits, BLOCK_S):
-            splits = start + tl.arange(0, BLOCK_S)
-            live = splits < num_splits
-            rows = splits.to(tl.int64) * num_rows + row
-            lse = tl.load(partial_lse_ptr + rows, mask=live, other=-float("inf"))
-            values = load_rows(partial_out_ptr, rows * HEAD_SIZE_V, live, HEAD_SIZE_V, D_V)
-            new_max = tl.maximum(row_max, tl.max(lse, 0))
-            shift = tl.where(new_max == -float("inf"), 0.0, new_max)
-            weights = tl.exp2(lse - shift)
-            correction = tl.exp2(row_max - shift)
-            acc = acc * correction + tl.sum(weights[:, None] * values, 0)
-            row_sum = row_sum * correction + tl.sum(weights, 0)
-            row_max = new_max
-        saw_none = row_sum == 0.0
-        result = acc / tl.where(saw_none, 1.0, row_sum)
-        target = out_ptr + q_row * stride_out_row + head * stride_out_head + dims
-        tl.store(target, result.to(out_ptr.dtype.element_ty), mask=dims < HEAD_SIZE_V)
+        result, lse = combine_row(
+            partial_out_ptr,
+            partial_lse_ptr,
+            q_row * num_heads + head,
+            num_rows,
+            num_splits,
+            HEAD_SIZE_V,
+            D_V,
+            BLOCK_S,
+        )
+        at_lse = lse_ptr
         if lse_ptr is not None:
-            lse_2 = tl.where(saw_none, -float("inf"), row_max + tl.log2(row_sum))
-            row = head * (num_rows // num_heads) + q_row
-            tl.store(lse_ptr + row, lse_2 * 0.6931471805599453)
+            at_lse += head * (num_rows // num_heads) + q_row
+        at_out = out_ptr + q_row * stride_out_row + head * stride_out_head
+        store_row(at_out, at_lse, result, lse, HEAD_SIZE_V, D_V)

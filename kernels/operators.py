@@ -172,6 +172,7 @@ def _compiled_decode(
     return_softmax_lse: bool = False,
     out: Tensor | None = None,
     workspace: Tensor | None = None,  # the graph's memory is torch.compile's
+    schedule: Tensor | None = None,  # of launches alone
     **kwargs: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     result, lse = _varlen_decode(*args, **kwargs)

@@ -75,6 +75,42 @@ def decode_combine(x: Arguments) -> tuple[int, int]:
     return _decode(x, x["PAGED"], x["num_heads"])[-1] + _size(x["out_ptr"]), 0
 
 
+def _pieces(x: Arguments, num_heads: int) -> int:
+    """Bytes of the partial rows of sequences that several programs share."""
+    begins = x["schedule_ptr"][: x["num_seqs"] + 1].long()
+    share = max(-(-int(begins[-1]) // x["num_programs"]), x["min_share"])
+    pieces = (begins[1:] - 1) // share - begins[:-1] // share + 1
+    rows = x["cu_seqlens_q_ptr"].diff().long()
+    shared = pieces.where((begins.diff() > 0) & (pieces > 1), 0)
+    return int((shared * rows).sum()) * num_heads * (x["HEAD_SIZE_V"] + 1) * 4
+
+
+@_launch_metadata
+def schedule(x: Arguments) -> tuple[int, int]:
+    """The lengths, and the table."""
+    lengths = [x["cu_seqlens_k_ptr"]] + [x["seqused_k_ptr"]] * (x["seqused_k_ptr"] is not None)
+    return _size(*lengths, x["schedule_ptr"]), 0
+
+
+@_launch_metadata
+def decode_scheduled(x: Arguments) -> tuple[int, int]:
+    """K and V of all sequences; with a left bound, of the last keys alone."""
+    num_heads = x["num_kv_heads"] * x["GROUP"]
+    rows = x["cu_seqlens_q_ptr"].diff().long()
+    keys = _lengths(x, x["block_table_ptr"] is None).clamp(0, x["max_keys"])
+    if x["BOUND_LEFT"]:
+        keys = keys.minimum(rows + x["window_left"])
+    read = _size(x["q_ptr"]) + int(keys.sum()) * x["num_kv_heads"] * _row_size(x, "k_ptr")
+    products = int((keys * rows).sum()) * num_heads * (x["HEAD_SIZE"] + x["HEAD_SIZE_V"])
+    return read + _pieces(x, num_heads), products
+
+
+@_launch_metadata
+def decode_combine_pieces(x: Arguments) -> tuple[int, int]:
+    """The pieces of shared sequences, and the output, which others have written in part."""
+    return _pieces(x, x["num_kv_heads"] * x["GROUP"]) + _size(x["out_ptr"]), 0
+
+
 @_launch_metadata
 def append(x: Arguments) -> tuple[int, int]:
     """The new rows, read and written."""

@@ -24,7 +24,12 @@ KERNELS = {
 # Loops that stream rows of K (and V): copies of tiles that are on their way while one is used. The
 # first to go, unseen, wherever an address comes to wait for a load of the same block.
 STREAMS = {"decode_split_kernel": 2, "score_row_kernel": 1}
-PRODUCTS = {"decode_split_kernel", "score_row_kernel", "score_column_kernel"}
+PRODUCTS = {
+    "decode_split_kernel",
+    "schedule_scheduled_kernel",
+    "score_row_kernel",
+    "score_column_kernel",
+}
 
 
 def compiled(folder: Path, *options: str) -> list[dict]:

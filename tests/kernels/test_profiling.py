@@ -15,13 +15,14 @@ from vlcache_triton.kernels import (
     decode,
     key_value_stats,
     remainder,
+    schedule,
     score,
     select,
 )
 
 KERNELS = {
     name: module
-    for module in (append, compact, decode, key_value_stats, remainder, score, select)
+    for module in (append, compact, decode, key_value_stats, remainder, schedule, score, select)
     for name in vars(module)
     if name.endswith("_kernel")
 }
@@ -48,7 +49,32 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_every_kernel_tells() -> None:
-    assert len(KERNELS) == 14
+    assert len(KERNELS) == 17
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_decode_by_a_schedule(device, told, monkeypatch, page_size: int | None) -> None:
+    """70 keys are three blocks, which two programs share; nine are one, and another's."""
+    for module in (decode, schedule):
+        monkeypatch.setattr(module, "num_multiprocessors", lambda _: 2)  # two programs a KV head
+    x = random_varlen(ROWS, ROOM, d=D, d_v=D_V, used=LENGTHS, page_size=page_size, device=device)
+    lengths = (x.cu_seqlens_k[None], 2, x.max_seqlen_k)
+    where = dict(seqused_k=x.seqused_k[None], block_table=x.block_table)
+    table = schedule.decode_schedule(x.q, x.k, x.v, *lengths, **where)
+    assert table.shape == (1, 3 + 1 + 2 + 1)
+    assert told("_schedule_kernel") == {"bytes": 4 * (4 + 3 + table.numel())}
+    table[0] = torch.tensor([0, 3, 3, 4, 0, 0, 3])
+    arguments = (x.q, x.k, x.v, x.cu_seqlens_q, x.cu_seqlens_k, 2, x.max_seqlen_k)
+    decode.varlen_decode(*arguments, schedule=table[0], causal=True, **x.cache)
+    size = x.q.element_size()
+    pieces = 2 * 2 * HEADS * (D_V + 1) * 4
+    keys = 79 * KV_HEADS * (D + D_V) * size
+    assert told("_scheduled_kernel") == {
+        "bytes": x.q.numel() * size + keys + pieces,
+        "flops16": 2.0 * (70 * 2 + 9) * HEADS * (D + D_V),
+    }
+    out = 4 * HEADS * D_V * size
+    assert told("_combine_pieces_kernel") == {"bytes": pieces + out}
 
 
 @pytest.mark.parametrize("page_size", [None, 16])
