@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from ranked import KEEP, LENGTH, run
 
 from vlcache_triton.recipe.policies import VL_CACHE, calibrated, snapkv, sparsemm
-from vlcache_triton.recipe.profile import HeadHits, HeadProfile, allocate, read_profile
+from vlcache_triton.recipe.profile import (
+    NEGLIGIBLE,
+    HeadHits,
+    HeadProfile,
+    allocate,
+    read_profile,
+)
 
 LEVELS = [0.01, 0.03, 0.1, 0.3]
 
@@ -29,13 +35,14 @@ def hull(points: list[tuple[int, float]], x: int) -> float:
 
 
 def points_of(curve: list[float], length: int) -> list[tuple[int, float]]:
-    """Corners in tokens, where fewer never lose less, and none below 0."""
+    """Corners in tokens, where fewer never lose less, and little is nothing."""
     curve = [*curve, 0.0]
     places = [max(round(level * length), 1) for level in LEVELS] + [length]
-    return [(x, max(0.0, *curve[i:])) for i, x in enumerate(places)]
+    losses = [max(curve[i:]) for i in range(len(curve))]
+    return [(x, y if y >= NEGLIGIBLE else 0.0) for x, y in zip(places, losses, strict=True)]
 
 
-losses = st.integers(-3, 40).map(lambda x: x / 8)
+losses = st.sampled_from([-0.1, 0.0, 0.001, 0.009, 0.01]) | st.integers(1, 40).map(lambda x: x / 8)
 curves = st.lists(st.lists(losses, min_size=4, max_size=4), min_size=1, max_size=5)
 
 
@@ -45,7 +52,7 @@ def test_an_allocation_is_exact_and_the_best_of_its_hulls(curves, length, data) 
     """As good as giving one token after the other to whose hull falls most by it."""
     n = len(curves)
     total = data.draw(st.integers(0, n * length), "total")
-    keep = allocate(torch.tensor(curves), LEVELS, total, length)
+    keep = allocate(torch.tensor(curves, dtype=torch.float64), LEVELS, total, length)
     assert keep.dtype == torch.int64 and int(keep.sum()) == total
     assert keep.min() >= 0 and keep.max() <= length
     points = [points_of(curve, length) for curve in curves]

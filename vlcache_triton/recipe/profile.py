@@ -20,6 +20,7 @@ from torch import Tensor
 from .budgets import share_out
 
 FORMAT = "vlcache head profile 1"
+NEGLIGIBLE = 0.01  # nats: a loss below is as good as none, and next to chance on few prompts
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,8 @@ def read_profile(path: Path | str) -> HeadProfile | HeadHits:
 
 
 def allocate(losses: Tensor, levels: list[float], total: int, length: int) -> Tensor:
-    """Tokens of each curve: as if given one by one to whose loss falls most by it.
+    """Tokens of each curve: as if given one by one to whose loss falls most by it, until what is
+    left to lose is NEGLIGIBLE; the others evenly, to who has least first.
 
     Args:
         losses: `[n, levels]`, beyond that with all tokens.
@@ -158,12 +160,13 @@ def allocate(losses: Tensor, levels: list[float], total: int, length: int) -> Te
 
     Returns:
         int64 `[n]` on the host, of `total` in all, from 0 to length. All but one are at a corner of
-        their curve's hull while tokens still lower any loss; what is left raises the least first.
+        their curve's hull while tokens still lower any loss.
     """
     corners = [max(round(level * length), 1) for level in levels] + [length]
     # Fewer tokens never lose less: what says so is chance. And nothing is lost with all.
     curves = torch.cat([losses.double().cpu(), losses.new_zeros(len(losses), 1).double().cpu()], 1)
-    curves = curves.clamp(min=0.0).flip(1).cummax(1).values.flip(1)
+    curves = curves.flip(1).cummax(1).values.flip(1)
+    curves = torch.where(curves < NEGLIGIBLE, 0.0, curves)
     least = min(corners[0], total // max(len(losses), 1), length)
     keep = torch.full((len(losses),), least, dtype=torch.int64)
     left = total - int(keep.sum())
