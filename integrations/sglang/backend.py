@@ -11,6 +11,7 @@ from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, KVWriteLoc
 
 from vlcache_triton.ops import get_backend
+from vlcache_triton.recipe.profile import check_fits
 
 from .block_table import DecodeStep, PackedLayout, fill_block_table
 from .fitting import describe_fit
@@ -54,6 +55,9 @@ class VLCacheAttnBackend(TritonAttnBackend):
         self.table = PromptTable(settings.config, self.num_layers)
         self.table.graph_widths = graph_widths(self._max_context())
         self.ranks = _ranks(runner.model_config)
+        if settings.profile is not None:
+            num_kv_heads = runner.model_config.get_total_num_kv_heads()
+            check_fits(settings.profile, self.num_layers, num_kv_heads)
         self.measurement: Measurement | None = None
         self.ending: list[TrackedPrompt] = []
         self.step: DecodeStep | None = None
@@ -173,7 +177,8 @@ class VLCacheAttnBackend(TritonAttnBackend):
     # ---- compression
 
     def _compress(self, prompts: list[TrackedPrompt]) -> None:
-        plan = plan_prompts(prompts, self.settings.config, self.ranks, self.ops)
+        settings = self.settings
+        plan = plan_prompts(prompts, settings.config, self.ranks, self.ops, settings.profile)
         pack_prompts(prompts, plan, self.pool, self.req_to_token, self.layout, self.ops)
 
     def _empty_step(self, num_seqs: int, max_blocks: int) -> DecodeStep:

@@ -19,7 +19,8 @@ from torch import Tensor
 from vlcache_triton.kernels.launch import to_device
 from vlcache_triton.ops import Backend
 from vlcache_triton.recipe.config import VLCacheConfig
-from vlcache_triton.recipe.plan import CompressionPlan, plan_from_scores
+from vlcache_triton.recipe.plan import CompressionPlan, plan_from_scores, prompt_budgets
+from vlcache_triton.recipe.profile import HeadHits, HeadProfile
 from vlcache_triton.recipe.prompt import Prompt
 
 from .prompts import ChunkStats, PromptTable, TrackedPrompt
@@ -161,12 +162,17 @@ def ending_prompts(
 
 
 def plan_prompts(
-    prompts: Sequence[TrackedPrompt], config: VLCacheConfig, ranks: Ranks, backend: Backend
+    prompts: Sequence[TrackedPrompt],
+    config: VLCacheConfig,
+    ranks: Ranks,
+    backend: Backend,
+    profile: HeadProfile | HeadHits | None = None,
 ) -> CompressionPlan:
     """What prompts that end together keep, from what their chunks said, which is let go of. One
     host sync.
 
-    They are one left-padded batch to the recipe, each one's scores behind its pads.
+    They are one left-padded batch to the recipe, each one's scores behind its pads. Layers share
+    the budget by the profile, where there is one.
     """
     lengths = [prompt.length for prompt in prompts]
     longest = max(lengths)
@@ -186,7 +192,12 @@ def plan_prompts(
     retained, num_heads = ranks.retained(retained)
     visible = torch.tensor([prompt.visible for prompt in prompts], dtype=torch.float64)
     density = retained.cpu().double() / num_heads / visible  # the sync
-    return plan_from_scores(scores, density, batch, config, backend)
+    keep = None
+    if profile is not None:
+        totals = prompt_budgets(density, batch, config).sum(0).tolist()
+        of = [profile.layers(*x) for x in zip(totals, lengths, strict=True)]
+        keep = torch.stack(of, 1)
+    return plan_from_scores(scores, density, batch, config, backend, keep)
 
 
 def _taken(prompt: TrackedPrompt) -> ChunkStats:

@@ -9,6 +9,7 @@ from typing import Any, cast, get_args
 
 from vlcache_triton.ops import BackendName
 from vlcache_triton.recipe.config import VLCacheConfig
+from vlcache_triton.recipe.profile import HeadHits, HeadProfile, read_profile
 
 PREFIX = "VLCACHE_"
 PRESETS: dict[str, Callable[[], VLCacheConfig]] = {
@@ -25,10 +26,13 @@ class Settings:
         VLCACHE_CONFIG (one JSON object with fields of VLCacheConfig), and VLCACHE_BUDGET,
         VLCACHE_THRESHOLD, ... (one field each); the later ones win.
     kernels: VLCACHE_KERNELS, as get_backend takes it.
+    profile: the file of VLCACHE_PROFILE (`vlcache calibrate`, or SparseMM's), by which layers share
+        the budget; the heads of a layer keep as many tokens each.
     """
 
     config: VLCacheConfig = VLCacheConfig()  # noqa: RUF009 (frozen)
     kernels: BackendName = "auto"
+    profile: HeadProfile | HeadHits | None = None
 
     def describe(self) -> str:
         """One line for the server's log."""
@@ -46,6 +50,7 @@ class Settings:
             for field in fields(config)
             if field.name != "budget" and getattr(config, field.name) != field.default
         ]
+        changed += ["layers by a profile"] * (self.profile is not None)
         others = f" ({', '.join(changed)})" if changed else ""
         return (
             f"vlcache: on, {whose} {share}{others}; evicted slots return to the scheduler, and such"
@@ -62,7 +67,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         NotImplementedError: for a choice that is not served here.
     """
     names = {PREFIX + field.name.upper(): field.name for field in fields(VLCacheConfig)}
-    known = {*names, PREFIX + "PRESET", PREFIX + "CONFIG", PREFIX + "KERNELS"}
+    known = {*names, PREFIX + "PRESET", PREFIX + "CONFIG", PREFIX + "KERNELS", PREFIX + "PROFILE"}
     unknown = sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
     if unknown:
         raise ValueError(f"{unknown[0]}: got a variable of that name, expected {sorted(known)}")
@@ -74,7 +79,19 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
             config = _replaced(config, name, {field: _scalar(text)})
     _check_supported(config)
     kernels = _word(environ, PREFIX + "KERNELS", "auto", get_args(BackendName))
-    return Settings(config, cast(BackendName, kernels))
+    return Settings(config, cast(BackendName, kernels), _profile(environ))
+
+
+def _profile(environ: Mapping[str, str]) -> HeadProfile | HeadHits | None:
+    name = PREFIX + "PROFILE"
+    if (path := environ.get(name)) is None:
+        return None
+    try:
+        return read_profile(path)
+    except OSError as error:
+        raise ValueError(f"{name}: cannot read {path!r}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _word(environ: Mapping[str, str], name: str, default: str, words: tuple[str, ...]) -> str:

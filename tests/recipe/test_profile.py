@@ -116,7 +116,7 @@ def test_a_profile_of_other_shape_is_refused(shape):
 
 def test_layers_alone_share_exactly():
     for profile in (profile_of(), HeadHits([[1.0, 2], [0, 0], [5, 1], [0, 3]], window=2)):
-        keep = profile.layers(KEEP * 4, LENGTH, 2)
+        keep = profile.layers(KEEP * 4, LENGTH)
         assert keep.shape == (4,) and int(keep.sum()) == KEEP * 4
         assert keep.unique().numel() > 1 and keep.max() <= LENGTH
 

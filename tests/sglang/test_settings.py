@@ -4,6 +4,7 @@ import pytest
 
 from vlcache_triton.integrations.sglang.settings import Settings, read_settings
 from vlcache_triton.recipe.config import VLCacheConfig
+from vlcache_triton.recipe.profile import HeadHits
 
 
 def test_without_variables_the_recipe_is_the_papers():
@@ -23,6 +24,20 @@ def test_every_field_has_a_variable_and_they_win_over_the_json():
     )
     config = VLCacheConfig(budget=0.2, smoothing=3, max_query_rows=16, allocation="uniform")
     assert settings == Settings(config, "reference")
+
+
+def test_a_profile_is_read(tmp_path):
+    (tmp_path / "hits.json").write_text('{"0-0": [1], "0-1": [3]}')
+    settings = read_settings({"VLCACHE_PROFILE": str(tmp_path / "hits.json")})
+    assert settings.profile == HeadHits([[1.0, 3.0]])
+    assert "(layers by a profile)" in settings.describe()
+    (tmp_path / "none.json").write_text("{}")
+    for name, message in (
+        ("no.json", "cannot read"),
+        ("none.json", "profile: 'none.json' is none"),
+    ):
+        with pytest.raises(ValueError, match=f"VLCACHE_PROFILE: {message}"):
+            read_settings({"VLCACHE_PROFILE": str(tmp_path / name)})
 
 
 @pytest.mark.parametrize(

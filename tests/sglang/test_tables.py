@@ -29,20 +29,24 @@ from vlcache_triton.integrations.sglang.prompts import (
 from vlcache_triton.integrations.sglang.ranks import Ranks
 from vlcache_triton.ops import get_backend
 from vlcache_triton.recipe.config import VLCacheConfig
+from vlcache_triton.recipe.profile import HeadHits
 
 CPU = torch.device("cpu")
 LAYERS, HEADS, KV_HEADS, D = 3, 4, 2, 16
 WIDTH = 96  # of req_to_token
 CONFIG = VLCacheConfig(budget=0.3)
 TUNED = VLCacheConfig.tuned(0.3)  # with a row for what is evicted
+PROFILE = HeadHits([[9.0, 1, 0, 0], [1, 0, 0, 1], [2, 2, 1, 0]], window=2)
 SKEWED = VLCacheConfig(budget=0.36, remainder="mean", min_layer_budget=0.0)
 
 
 class Server:
     """A pool, its requests and the adapter's state, as the backend holds them."""
 
-    def __init__(self, kernels: str = "reference", config: VLCacheConfig = CONFIG) -> None:
-        self.ops, self.config = get_backend(kernels, CPU), config
+    def __init__(
+        self, kernels: str = "reference", config: VLCacheConfig = CONFIG, profile=None
+    ) -> None:
+        self.ops, self.config, self.profile = get_backend(kernels, CPU), config, profile
         self.table = PromptTable(config, LAYERS)
         self.pool = FakePool(LAYERS, 400, KV_HEADS, D)
         self.allocator = FakeAllocator(399)
@@ -74,7 +78,9 @@ class Server:
             k = self.pool.k_buffer[layer][:, None]
             measured.add_layer(layer, LAYERS, torch.cat(rows), k, 0.25, self.config, self.ops)
         ending = ending_prompts(self.table, rids, prefix, extend)
-        return ending and (ending, plan_prompts(ending, self.config, Ranks(), self.ops))
+        if not ending:
+            return None
+        return ending, plan_prompts(ending, self.config, Ranks(), self.ops, self.profile)
 
     def pack(self, prompts, plan) -> None:
         pack_prompts(prompts, plan, self.pool, self.req_to_token, self.layout, self.ops)
@@ -168,18 +174,19 @@ def test_a_batch_measures_each_image_prompt_as_if_alone():
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "profile"),
     [
-        CONFIG,
-        TUNED,
-        VLCacheConfig.tuned(0.3, granularity="kv_head"),
-        SKEWED,
+        (CONFIG, None),
+        (TUNED, None),
+        (VLCacheConfig.tuned(0.3, granularity="kv_head"), None),
+        (SKEWED, None),
+        (TUNED, PROFILE),
     ],
 )
 @pytest.mark.parametrize("kernels", ["reference", "triton"])
-def test_decoding_over_packed_prompts_reads_what_was_kept(kernels, config):
+def test_decoding_over_packed_prompts_reads_what_was_kept(kernels, config, profile):
     """A packed prompt, a text prompt, and a packed one whose first tokens the tree owns."""
-    server = Server(kernels, config)
+    server = Server(kernels, config, profile)
     if config == SKEWED:  # one layer keeps a single token, another all: they have no such row
         server.q *= torch.tensor([400, 8, 0]).view(-1, 1, 1, 1, 1)
     reqs = [
@@ -200,6 +207,9 @@ def test_decoding_over_packed_prompts_reads_what_was_kept(kernels, config):
     packed = [prompt.rid for prompt in prompts]
     assert packed == ["a", "b"]
     assert plan.keep[:, 0].unique().numel() > 1, "layers should differ, or packing is not tested"
+    if profile is not None:
+        wanted = [profile.layers(round(0.3 * LAYERS * n), n) for n in (50, 40)]
+        assert torch.equal(plan.keep, torch.stack(wanted, 1))
     if config == SKEWED:
         assert (
             plan.keep[:, 0].tolist() == [1, 3, 50] and (plan.evicted > 0).any(2).sum(0).eq(1).all()

@@ -161,7 +161,7 @@ def plan_from_scores(
     prompt: Prompt,
     config: VLCacheConfig,
     backend: Backend,
-    head_keep: Tensor | None = None,
+    keep: Tensor | None = None,
     has_row: Tensor | None = None,
 ) -> CompressionPlan:
     """The plan of scores that are ready to be ranked: make_plan without its statistics. No sync.
@@ -169,16 +169,18 @@ def plan_from_scores(
     Args:
         scores: `[num_layers, num_kv_heads, total_k]`.
         density: `[num_layers, num_seqs]` fp64 on the host, 1 - γ'; NaN where left whole.
-        head_keep: `[num_layers, num_seqs, num_kv_heads]` int64 on the host, the rows of each head;
-            default by the density, evenly for the heads of a layer.
+        keep: `[num_layers, num_seqs]` int64 on the host, the rows of each head of a layer, or
+            `[num_layers, num_seqs, num_kv_heads]`; default by the density.
     """
-    if head_keep is None:
+    if keep is None:
         keep = prompt_budgets(density, prompt, config)
+    if keep.ndim == 2:
         head_keep = keep[..., None].expand(-1, -1, scores.shape[1])
         any_row = None if has_row is None else has_row[..., 0]  # the same in all heads of a layer
         tokens = kept_tokens(keep, prompt, config, any_row)
         indices, cu_kept = select_kept(scores, tokens, prompt, config, backend)
     else:
+        head_keep = keep
         tokens = kept_tokens(head_keep, prompt, config, has_row)
         indices, cu_kept = select_by_head(scores, tokens, prompt, config, backend)
     evicted = evicted_tokens(head_keep, prompt, config, has_row)

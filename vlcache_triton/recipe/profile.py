@@ -47,21 +47,16 @@ class HeadProfile:
 
     def heads(self, total: int, length: int, num_kv_heads: int) -> Tensor:
         """Tokens for each head, int64 `[num_layers, num_kv_heads]` on the host, `total` in all."""
-        losses = self._losses(num_kv_heads)
+        losses = self._losses()
         return allocate(losses.flatten(0, 1), self.levels, total, length).view(losses.shape[:2])
 
-    def layers(self, total: int, length: int, num_kv_heads: int) -> Tensor:
+    def layers(self, total: int, length: int) -> Tensor:
         """Tokens for a head of each layer, int64 `[num_layers]` on the host, `total` in all, where
         the heads of a layer are to keep equal numbers."""
-        return allocate(self._losses(num_kv_heads).sum(1), self.levels, total, length)
+        return allocate(self._losses().sum(1), self.levels, total, length)
 
-    def _losses(self, num_kv_heads: int) -> Tensor:
-        losses = torch.tensor(self.losses, dtype=torch.float64)
-        if losses.shape[1] != num_kv_heads:
-            raise ValueError(
-                f"profile: got one of {losses.shape[1]} KV heads a layer, expected {num_kv_heads}"
-            )
-        return losses
+    def _losses(self) -> Tensor:
+        return torch.tensor(self.losses, dtype=torch.float64)
 
     def shares(self, budget: float) -> list[list[float]]:
         """Of the prompt, for each head: `[num_layers][num_kv_heads]`, whose mean is the budget."""
@@ -97,10 +92,10 @@ class HeadHits:
         weights = self._weights(num_kv_heads)
         return self._share(weights.flatten(), total, length).view_as(weights)
 
-    def layers(self, total: int, length: int, num_kv_heads: int) -> Tensor:
+    def layers(self, total: int, length: int) -> Tensor:
         """Tokens for a head of each layer, int64 `[num_layers]` on the host, `total` in all, where
         the heads of a layer are to keep equal numbers."""
-        return self._share(self._weights(num_kv_heads).sum(1), total, length)
+        return self._share(self._weights(1).flatten(), total, length)
 
     def _share(self, weights: Tensor, total: int, length: int) -> Tensor:
         even = total // len(weights)
@@ -112,11 +107,6 @@ class HeadHits:
 
     def _weights(self, num_kv_heads: int) -> Tensor:
         hits = torch.tensor(self.hits, dtype=torch.float64)
-        if hits.shape[1] % num_kv_heads:
-            raise ValueError(
-                f"hits: got those of {hits.shape[1]} query heads a layer, expected a multiple of"
-                f" the model's {num_kv_heads} KV heads"
-            )
         return hits.view(len(hits), num_kv_heads, -1).sum(-1)
 
 
@@ -146,6 +136,25 @@ def read_profile(path: Path | str) -> HeadProfile | HeadHits:
             )
         return profile
     return _read_hits(path, page)
+
+
+def check_fits(profile: HeadProfile | HeadHits, num_layers: int, num_kv_heads: int) -> None:
+    """Refuse a profile of another number of layers or heads.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if isinstance(profile, HeadProfile):
+        shape = len(profile.losses), len(profile.losses[0])
+        fits = shape == (num_layers, num_kv_heads)
+    else:
+        shape = len(profile.hits), len(profile.hits[0])
+        fits = shape[0] == num_layers and shape[1] % num_kv_heads == 0
+    if not fits:
+        raise ValueError(
+            f"profile: got one of {shape[0]} layers and {shape[1]} heads, expected one of the"
+            f" model's {num_layers} layers and {num_kv_heads} KV heads"
+        )
 
 
 def allocate(losses: Tensor, levels: list[float], total: int, length: int) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..profile import HeadHits, HeadProfile, read_profile
+from ..profile import HeadHits, HeadProfile, check_fits, read_profile
 from .policy import Policy, PromptStatistics
 from .vl_cache import VL_CACHE
 
@@ -38,7 +38,5 @@ def by_profile(
 ) -> Tensor:
     """`Policy.share_heads`."""
     num_layers, num_kv_heads, length = scores.shape
-    shares = profile.heads(int(keep.sum()) * num_kv_heads, length, num_kv_heads)
-    if len(shares) != num_layers:
-        raise ValueError(f"profile: got one of {len(shares)} layers, expected {num_layers}")
-    return shares
+    check_fits(profile, num_layers, num_kv_heads)
+    return profile.heads(int(keep.sum()) * num_kv_heads, length, num_kv_heads)
