@@ -74,7 +74,11 @@ def row_offsets(
 def load_rows(x_ptr, offsets, live, HEAD_SIZE: tl.constexpr, D: tl.constexpr):
     """Rows `[N, D]`; 0 where not live (None: all are) and beyond the head size.
 
-    Dead rows may hold anything: as 0 they cannot turn a product into NaN.
+    Dead rows may hold anything: as 0 they cannot turn a product into NaN. So may what lies beyond
+    the head size, in the next head or the next row. So a head size that is no multiple of 16 bytes
+    is read in the pieces that divide it (100 elements of 2 bytes: 8 bytes), even where strides
+    would allow more: the last piece of 16 would hold 8 bytes of another row or head. This costs
+    more than the pieces: Triton gives decoding and the row pass no such block ahead.
     """
     dims = tl.arange(0, D)
     rows = x_ptr + offsets[:, None] + dims[None, :]

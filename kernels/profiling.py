@@ -145,7 +145,7 @@ def score_columns(x: Arguments) -> tuple[int, int]:
 
 @_launch_metadata
 def select(x: Arguments) -> tuple[int, int]:
-    """The scores once (five passes stream them), and the kept positions."""
+    """The scores once (up to five passes stream them), and the kept positions."""
     lengths, keep = x["cu_seqlens_ptr"].diff(), x["keep_ptr"]
     kept = int(keep.minimum(lengths).clamp(min=0).sum())
     return 4 * x["num_kv_heads"] * (int(lengths.expand_as(keep).sum()) + kept), 0
