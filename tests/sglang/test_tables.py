@@ -181,6 +181,7 @@ def test_a_batch_measures_each_image_prompt_as_if_alone():
         (VLCacheConfig.tuned(0.3, granularity="kv_head"), None),
         (SKEWED, None),
         (TUNED, PROFILE),
+        (VLCacheConfig(budget=1.0, max_cache_tokens=20), None),
     ],
 )
 @pytest.mark.parametrize("kernels", ["reference", "triton"])
