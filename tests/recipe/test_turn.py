@@ -116,6 +116,24 @@ def test_policies_rank_a_packed_prompt_as_a_dense_one(policy):
     assert torch.equal(eviction.indices, plan.indices)
 
 
+def test_logits_are_capped_as_a_prompts():
+    prompt, config = make_prompt([40, 23], [7, 7]), VLCacheConfig(budget=0.4)
+    layers = make_layers(prompt, SHARPNESS)
+    compressor = PromptCompressor(prompt, 3, config, REFERENCE)
+    for layer in layers:
+        compressor.add(*layer, softcap=0.7)
+    plan, _ = compressor.pack(4)
+    _, ragged = compress(PromptCompressor(prompt, 3, VLCacheConfig(budget=1.0), REFERENCE), layers)
+    turn = TurnCompressor(prompt, config, REFERENCE)
+    for i, layer in enumerate(layers):
+        turn.add(layer.q, *ragged.padded(i), ragged.seqused_k[i], SCALE, softcap=0.7)
+    eviction = turn.decide(ragged.seqused_k.long(), None)
+    torch.testing.assert_close(eviction.plan.sparsity, plan.sparsity)
+    assert torch.equal(eviction.indices, plan.indices)
+    uncapped = decide(ragged, TurnCompressor(prompt, config, REFERENCE), layers)
+    assert not torch.equal(uncapped.indices, plan.indices)
+
+
 def dense_maps(ragged, layer: int, seq: int, head: int, q: Tensor, rows: int):
     """(`[group, rows, keys]` fp64 attention of the last rows over a segment, the greatest of a
     token in each row)."""
