@@ -283,6 +283,7 @@ def _prepare(
     softcap: float,
     multiprocessors: int,
 ) -> _Prepared:
+    """Checks and the launches. Over 60 lines by their arguments, a line each."""
     num_seqs = cu_seqlens_q.numel() - 1
     _check(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, window_size, seqused_k, block_table, out

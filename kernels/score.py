@@ -244,6 +244,7 @@ def _prepare(
     group_reduction: str,
     multiprocessors: int,
 ) -> _Prepared:
+    """Checks and the three launches. Over 60 lines by their arguments, a line each."""
     _check(q, k, cu_seqlens_q, cu_seqlens_k, softmax_scale, threshold, seqused_k, block_table)
     _check_reductions(q, row_weights, row_reduction, group_reduction)
     total_q, num_heads, d = q.shape

@@ -97,6 +97,19 @@ def test_imports_run_in_no_circle(graph):
     assert circles(graph) == []
 
 
+def test_what_is_too_long_to_hold_in_the_head_says_why():
+    """Of statements, without signature and docstring: over 60 lines, of a kernel 100."""
+    for file in modules().values():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            says = ast.get_docstring(node) or ""
+            first = node.body[min(bool(says), len(node.body) - 1)]
+            most = 100 if file.name.endswith("_kernels.py") else 60
+            length = (node.end_lineno or 0) - first.lineno + 1
+            assert length <= most or f"ver {most} lines" in says, (file.name, node.name, length)
+
+
 def test_the_package_is_imported_without_torch():
     """What it offers comes when it is asked for; an unknown name is an error as ever."""
     code = (

@@ -11,6 +11,7 @@ import hybrid_models
 import tiny_models
 import torch
 import transformers as hf
+import video_models
 from tiny_models import IMAGE, VIDEO, Pixels
 from torch import Tensor
 
@@ -158,7 +159,7 @@ class Family:
 def build(name: str, **text) -> Family:
     """A family's tiny model with sharp attention: random weights alone attend to all alike."""
     torch.manual_seed(0)
-    modules = tiny_models, further_models, hybrid_models
+    modules = tiny_models, further_models, video_models, hybrid_models
     builder = next(getattr(x, name) for x in modules if hasattr(x, name))
     model, image, pixels = builder(**text)
     family = Family(name, sharpened(model), image, pixels)

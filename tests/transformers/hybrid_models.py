@@ -9,9 +9,10 @@ from functools import partial
 
 import torch
 import transformers as hf
-from further_models import _config, _grid, _model, _video
+from further_models import _config, _grid, _model
 from tiny_models import END, IMAGE, START, Built, _mrope, _patches
 from torch import Tensor
+from video_models import _video
 
 LINEAR = dict(
     num_hidden_layers=4,
