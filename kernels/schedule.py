@@ -18,7 +18,7 @@ from torch import Tensor
 from .checks import expect, expect_array, expect_queries, expect_same_device
 from .decode import _launch_for, schedule_launch
 from .launch import Launch, current, num_multiprocessors, once_per_signature
-from .schedule_kernels import _schedule_kernel
+from .schedule_kernels import IS_SUPPORTED, _schedule_kernel
 
 SEQS, PROGRAMS = 256, 16  # looked at at once: a tile of comparisons
 
@@ -53,7 +53,7 @@ def decode_schedule(
 
     Raises:
         ValueError: an argument that does not fit the others, by name.
-        NotImplementedError: a dtype or head size that is not supported.
+        NotImplementedError: a dtype or head size that is not supported, and Triton before 3.5.
     """
     launch = _prepare(
         q,
@@ -98,6 +98,9 @@ def _prepare(
     num_new: int,
     multiprocessors: int,
 ) -> Launch:
+    if not IS_SUPPORTED:
+        got = f"got Triton {triton.__version__}"
+        raise NotImplementedError(f"schedule: {got}, expected 3.5 or later")
     expect_same_device(
         q=q, k=k, v=v, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, block_table=block_table
     )

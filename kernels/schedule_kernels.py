@@ -7,6 +7,8 @@ a piece, number program + seq: it grows along the list, those of a sequence come
 there are fewer than programs and sequences together.
 """
 
+import inspect
+
 import triton
 import triton.language as tl
 
@@ -20,6 +22,9 @@ from .decode_kernels import (
     store_result,
     store_row,
 )
+
+#: Triton 3.4 cannot be told to leave over the loop what all sequences have in common.
+IS_SUPPORTED = "disable_licm" in inspect.signature(tl.range.__init__).parameters
 
 
 @triton.jit

@@ -220,12 +220,13 @@ def call_host_functions(case: Case) -> None:
             first_key_bias=first_key_bias,
             **pool_pages,
         )
-    q = floats(num_segments, group, d)
-    facts = (q, pool_k, pool_v, starts[None], 1, length)
-    table = schedule.decode_schedule(*facts, seqused_k=used[None], num_new=1, **pool_pages)
-    step = (q, pool_k, pool_v, starts, starts, 1, length)
-    where = dict(seqused_k=used, schedule=table[0], first_key_bias=bias, **pool_pages)
-    decode.varlen_decode(*step, causal=True, **where)
+    if schedule.IS_SUPPORTED:
+        q = floats(num_segments, group, d)
+        facts = (q, pool_k, pool_v, starts[None], 1, length)
+        table = schedule.decode_schedule(*facts, seqused_k=used[None], num_new=1, **pool_pages)
+        step = (q, pool_k, pool_v, starts, starts, 1, length)
+        where = dict(seqused_k=used, schedule=table[0], first_key_bias=bias, **pool_pages)
+        decode.varlen_decode(*step, causal=True, **where)
     if not case.paged:  # neither knows of dtypes or pages
         scores = torch.empty(32, NUM_KV_HEADS, num_seqs * length, device="meta")
         keep = ints(32, num_seqs)

@@ -34,7 +34,10 @@ from vlcache_triton.kernels.decode import (
 )
 from vlcache_triton.kernels.schedule import decode_schedule
 
-pytestmark = MEANT_INFINITIES
+pytestmark = [
+    *MEANT_INFINITIES,
+    pytest.mark.skipif(not schedule.IS_SUPPORTED, reason="needs Triton 3.5"),
+]
 FLOAT = torch.float32
 ONE_HEAD: dict[str, Any] = dict(num_kv_heads=1, d=16, dtype=FLOAT)
 SMALL = ONE_HEAD | dict(num_heads=2)
@@ -302,3 +305,10 @@ def test_a_decode_refuses_a_schedule_that_does_not_fit(device, message: str, wro
     batch = random_varlen([1, 1], [60, 9], device=device)
     with pytest.raises(ValueError, match=f"^{message}"):
         run_decode(varlen_decode, batch, schedule=wrong(make_schedule(batch)[0]))
+
+
+def test_an_old_triton_is_refused(device, monkeypatch) -> None:
+    monkeypatch.setattr(schedule, "IS_SUPPORTED", False)
+    x = torch.zeros(7, 1, 16, device=device)
+    with pytest.raises(NotImplementedError, match=r"^schedule: got Triton .*, expected 3\.5"):
+        decode_schedule(x, x, x, torch.zeros(1, 2, device=device).int(), 1, 7)
