@@ -76,6 +76,7 @@ def make_calls() -> dict[str, Callable[[], object]]:
     from vlcache_triton.kernels.types import PostVisionStats
     from vlcache_triton.pool.compress import PromptCompressor
     from vlcache_triton.recipe.prompt import Prompt
+    from vlcache_triton.recipe.statistics import LayerStats
 
     def ints(*values: int) -> Tensor:
         return torch.tensor(values, dtype=torch.int32)
@@ -94,7 +95,7 @@ def make_calls() -> dict[str, Callable[[], object]]:
     keep = torch.full((32, 1), LENGTH // 10, dtype=torch.int32)
     kept = ints(*range(segments * (LENGTH // 10))), torch.arange(segments + 1).int()
     counts = [torch.full((1, n), LENGTH) for n in (HEADS * GROUP, 1)]
-    stats = [PostVisionStats(x, counts[0], 9 * counts[1][0]) for x in scores]
+    stats = [LayerStats(PostVisionStats(x, counts[0], 9 * counts[1][0])) for x in scores]
     prompt, config = Prompt(LENGTH, (0,), (50,)), VLCacheConfig(budget=0.1)
     backend = ops._backend("triton", operators)
 
