@@ -12,6 +12,7 @@ from vlcache_triton import VLCacheConfig
 from vlcache_triton.apps.evaluation import Query, Variant
 from vlcache_triton.apps.evaluation.calibrate import calibrate, head_losses
 from vlcache_triton.integrations.transformers import VLCache, vl_cache
+from vlcache_triton.integrations.transformers.names import CACHE
 from vlcache_triton.recipe.policies import calibrated
 
 LEVELS = (0.1, 0.3)
@@ -23,9 +24,9 @@ def expected_loss(family, inputs, continuation, answer, kept):
     ids = torch.tensor([[*continuation.tolist(), *answer[:-1]]])
     wanted = torch.tensor(answer if len(continuation) else answer[1:])
     with oracle.evicted(family, kept), torch.no_grad():
-        cache = family.model(**inputs, use_cache=True).past_key_values
+        cache = family.model(**inputs, use_cache=True)[CACHE]
         mask = torch.ones(1, inputs["input_ids"].shape[1] + ids.shape[1])
-        out = family.model(input_ids=ids, past_key_values=cache, attention_mask=mask)
+        out = family.model(input_ids=ids, attention_mask=mask, **{CACHE: cache})
     return float(F.cross_entropy(out.logits[0, -len(wanted) :].double(), wanted))
 
 

@@ -33,7 +33,7 @@ REFUSED = {
     "inkling2": ({}, "'hybrid"),
     "inkling2_loop": ({}, "'hybrid"),
     "minimax_m3_vl": (dict(text_config=SPARSE), "'minimax_m3_sparse'"),
-    "qwen4_exp": ({}, "'indexed_attention'"),
+    "qwen4_exp": ({}, "'(indexed_attention|qwen_sparse_attention)'"),  # by release
     "unlimited_ocr": ({}, "'reference_sliding_attention'"),
 }
 
