@@ -7,7 +7,7 @@ import torch
 
 from vlcache_triton.apps.evaluation import Query
 from vlcache_triton.apps.reproduce import ABLATED, Findings, Parts, Score, ablated, write_page
-from vlcache_triton.apps.reproduce.latency import _repeated, _stretched
+from vlcache_triton.apps.reproduce.latency import _repeated, _stretched, _Ticks, measure_latency
 from vlcache_triton.apps.reproduce.lmms import lmms_scores
 from vlcache_triton.apps.reproduce.sparsity import measure_sparsity
 from vlcache_triton.recipe.config import VLCacheConfig
@@ -141,3 +141,12 @@ def test_a_page_of_what_there_is(tmp_path):
     assert "| tuned | 0.050 (0.00 to 1.00) | 0.100 (0.00 to 1.00) |" in page
     assert page.endswith("## Not measured\n\n- a: why\n")
     assert [path.name for path in tmp_path.glob("*.png")] == ["accuracy-by-budget.png"]
+
+
+def test_the_time_of_a_token_leaves_out_where_the_loop_reads_back_late():
+    ticks = _Ticks()
+    # The first ones come late, the last four at once.
+    ticks.at = [5.0] * 8 + [5.0 + 0.25 * i for i in range(40)] + [14.9] * 4
+    assert ticks.seconds_a_token() == 0.25
+    with pytest.raises(ValueError, match="^new_tokens: got 44, expected at least 45"):
+        measure_latency(None, {}, 0.1, 1, 640, 44)

@@ -65,7 +65,7 @@ LengthsOption = Annotated[
     ),
 ]
 NewTokensOption = Annotated[
-    int, typer.Option("--new-tokens", min=2, metavar="N", help="Decoded, for latency.")
+    int, typer.Option("--new-tokens", min=45, metavar="N", help="Decoded, for latency.")
 ]
 
 

@@ -17,7 +17,8 @@ from vlcache_triton.integrations.transformers import vl_cache
 from vlcache_triton.recipe.config import VLCacheConfig
 
 WARM_TOKENS = 3  # by which steps have been captured
-SETTLED, DRAINED = 10, 5  # tokens left out where there are enough: the loop reads back late
+SETTLED, DRAINED = 10, 5  # tokens left out: the loop reads back late, and the last ones together
+MIN_NEW_TOKENS = 3 * (SETTLED + DRAINED)
 
 
 class _Ticks(BaseStreamer):
@@ -39,8 +40,7 @@ class _Ticks(BaseStreamer):
 
     def seconds_a_token(self) -> float:
         """From token to token, once the loop has settled."""
-        enough = len(self.at) > 3 * (SETTLED + DRAINED)
-        at = self.at[SETTLED:-DRAINED] if enough else self.at
+        at = self.at[SETTLED:-DRAINED]
         return (at[-1] - at[0]) / (len(at) - 1)
 
 
@@ -57,8 +57,13 @@ def measure_latency(
         inputs: of one prompt with an image, as `generate` takes them; text is put before it until
             it is `length` tokens long, and it is repeated `batch` times. A prompt that is longer
             by itself stays as it is.
-        new_tokens: at least 2.
+        new_tokens: at least MIN_NEW_TOKENS.
+
+    Raises:
+        ValueError: for fewer, whose times would be those of reading back.
     """
+    if new_tokens < MIN_NEW_TOKENS:
+        raise ValueError(f"new_tokens: got {new_tokens}, expected at least {MIN_NEW_TOKENS}")
     inputs = _repeated(_stretched(inputs, length), batch)
     rows = []
     for loop, share in (("transformers", 1.0), ("ours", 1.0), ("ours", budget)):
@@ -101,7 +106,7 @@ def _runner(model: Any, inputs: dict[str, Any], budget: float | None) -> Callabl
                 session.generate(**inputs, **greedy, on_tokens=ticks)
             report = session.report()
         kept = None if report is None else report.bytes_after
-        return kept, ticks.seconds_a_token() if num_tokens > 1 else 0.0
+        return kept, ticks.seconds_a_token() if num_tokens >= MIN_NEW_TOKENS else 0.0
 
     return run
 
