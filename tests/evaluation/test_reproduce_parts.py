@@ -148,5 +148,5 @@ def test_the_time_of_a_token_leaves_out_where_the_loop_reads_back_late():
     # The first ones come late, the last four at once.
     ticks.at = [5.0] * 8 + [5.0 + 0.25 * i for i in range(40)] + [14.9] * 4
     assert ticks.seconds_a_token() == 0.25
-    with pytest.raises(ValueError, match="^new_tokens: got 44, expected at least 45"):
+    with pytest.raises(ValueError, match=r"^new_tokens: got 44, expected at least 45"):
         measure_latency(None, {}, 0.1, 1, 640, 44)
