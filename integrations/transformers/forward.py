@@ -23,6 +23,7 @@ PROMPT_ONLY = {
     "mm_token_type_ids",
     "return_dict",
     "second_per_grid_ts",
+    "spatial_shapes",
     "token_type_ids",
     "use_cache",
     "video_grid_thw",
