@@ -39,7 +39,7 @@ def layer_budgets(density: Tensor, lengths: Tensor, config: VLCacheConfig) -> Te
     if config.clipping == "paper":
         return (_clip(weights, target, lower, upper) + 0.5).floor().long()
     total = _reachable(target, num_layers, lower, upper)
-    return _largest_remainder(_pour(weights, total, lower, upper), total, upper)
+    return _largest_remainder(_share_within_bounds(weights, total, lower, upper), total, upper)
 
 
 def shrink(rows: Tensor, total: Tensor, least: int) -> Tensor:
@@ -55,7 +55,9 @@ def shrink(rows: Tensor, total: Tensor, least: int) -> Tensor:
     """
     upper = rows.double()
     lower, total = upper.clamp(max=least), total.double()
-    return _largest_remainder(_pour(upper.clamp(min=1e-12), total, lower, upper), total, upper)
+    return _largest_remainder(
+        _share_within_bounds(upper.clamp(min=1e-12), total, lower, upper), total, upper
+    )
 
 
 def budget_bounds(
@@ -85,7 +87,7 @@ def budget_bounds(
         shares = _clip(weights, target, lower, upper) + 1e-9  # sums may differ by rounding
     else:
         total = _reachable(target, num_layers, lower, upper) - lower * (num_layers - num_seen)
-        shares = _pour(weights, total.minimum(upper * num_seen), lower, upper)
+        shares = _share_within_bounds(weights, total.minimum(upper * num_seen), lower, upper)
     # Rounding gives a layer at most two tokens more than its share.
     return (shares.floor() + 2).minimum(upper).long()
 
@@ -107,7 +109,7 @@ def share_out(weights: Tensor, total: int, least: int | Tensor, most: int) -> Te
     lower = torch.ones_like(weights) * torch.as_tensor(least).to(weights).view(-1, 1)
     upper = torch.full_like(weights, most)
     sum_of_all = weights.new_tensor([total]).clamp(lower.sum(0), upper.sum(0))
-    shares = _pour(weights, sum_of_all, lower, upper)
+    shares = _share_within_bounds(weights, sum_of_all, lower, upper)
     return _largest_remainder(shares, sum_of_all, upper)[:, 0]
 
 
@@ -168,7 +170,7 @@ def _clip(weights: Tensor, target: Tensor, lower: Tensor, upper: Tensor) -> Tens
     return (weights / weights.sum(0) * target.to(weights.device)).clamp(lower, upper)
 
 
-def _pour(weights: Tensor, total: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+def _share_within_bounds(weights: Tensor, total: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     """Shares `clip(λ * weights, lower, upper)` with λ such that they sum to `total`.
 
     Σ clip(λ w, lower, upper) is piecewise linear and rising in λ, with its kinks at lower / w and
