@@ -22,8 +22,8 @@ import torch
 from measure import DEVICE, HAS_GPU, copy_rate, record
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
+from vlcache_triton.apps.reproduce.latency import Ticks
 from vlcache_triton.integrations.transformers import vl_cache
 from vlcache_triton.integrations.transformers.contents import Contents
 from vlcache_triton.integrations.transformers.names import CACHE
@@ -90,24 +90,6 @@ class Stopwatch:
             "token": (steady[-1] - steady[0]) / (len(steady) - 1),
             "total": between(self.start, self.end),
         }
-
-
-class Ticks(BaseStreamer):
-    """Notes when each step's tokens reach the host, as a streamer or as `on_tokens`."""
-
-    def __init__(self) -> None:
-        self.at: list[float] = []
-
-    def __call__(self, tokens: Tensor) -> None:
-        self.at.append(time.perf_counter())
-
-    def put(self, value: Tensor) -> None:
-        """Tokens; the prompt, which comes first, is no step."""
-        if value.ndim == 1:
-            self(value)
-
-    def end(self) -> None:
-        """Nothing is left to do."""
 
 
 def now() -> Any:

@@ -17,10 +17,12 @@ def expect(ok: bool, name: str, got: object, expected: str) -> None:
 
 
 def expect_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Exactly this shape."""
     expect(tuple(x.shape) == shape, name, f"shape {tuple(x.shape)}", f"{shape}")
 
 
 def expect_dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:
+    """Exactly this dtype."""
     expect(x.dtype == dtype, name, f"dtype {x.dtype}", f"{dtype}")
 
 

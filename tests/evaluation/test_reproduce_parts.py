@@ -7,7 +7,7 @@ import torch
 
 from vlcache_triton.apps.evaluation import Query
 from vlcache_triton.apps.reproduce import ABLATED, Findings, Parts, Score, ablated, write_page
-from vlcache_triton.apps.reproduce.latency import _repeated, _stretched, _Ticks, measure_latency
+from vlcache_triton.apps.reproduce.latency import Ticks, _repeated, _stretched, measure_latency
 from vlcache_triton.apps.reproduce.lmms import lmms_scores
 from vlcache_triton.apps.reproduce.sparsity import measure_sparsity
 from vlcache_triton.recipe.config import VLCacheConfig
@@ -144,7 +144,7 @@ def test_a_page_of_what_there_is(tmp_path):
 
 
 def test_the_time_of_a_token_leaves_out_where_the_loop_reads_back_late():
-    ticks = _Ticks()
+    ticks = Ticks()
     # The first ones come late, the last four at once.
     ticks.at = [5.0] * 8 + [5.0 + 0.25 * i for i in range(40)] + [14.9] * 4
     assert ticks.seconds_a_token() == 0.25

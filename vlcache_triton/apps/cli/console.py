@@ -45,6 +45,7 @@ def waiting(description: str) -> Iterator[None]:
 
 
 def print_json(value: Any) -> None:
+    """To standard output, indented."""
     json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
     print()
 

@@ -21,7 +21,7 @@ SETTLED, DRAINED = 10, 5  # tokens left out: the loop reads back late, and the l
 MIN_NEW_TOKENS = 3 * (SETTLED + DRAINED)
 
 
-class _Ticks(BaseStreamer):
+class Ticks(BaseStreamer):
     """Notes when each step's tokens reach the host, as a streamer or as `on_tokens`."""
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ def _runner(model: Any, inputs: dict[str, Any], budget: float | None) -> Callabl
     """What decodes so many tokens: (bytes that compression keeps, seconds a token)."""
 
     def run(num_tokens: int) -> tuple[int | None, float]:
-        ticks = _Ticks()
+        ticks = Ticks()
         greedy: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
         greedy["max_new_tokens"] = num_tokens
         report = None
