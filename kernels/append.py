@@ -13,6 +13,7 @@ from .checks import (
     expect_rows,
     expect_same_device,
     expect_shape,
+    expect_starts,
 )
 from .launch import Launch, cache_constants, current, once_per_signature, padded
 
@@ -22,7 +23,7 @@ def append_kv(
     v: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    cu_seqlens_k: Tensor,
+    cu_seqlens_k: Tensor | None,
     seqused_k: Tensor,
     *,
     block_table: Tensor | None = None,
@@ -36,7 +37,8 @@ def append_kv(
         k, v: `[num_seqs, n, num_kv_heads, d]` (`d_v` for v), of the caches' dtype.
         k_cache, v_cache: `[total_k, num_kv_heads, d]`, or pages
             `[num_blocks, page_size, num_kv_heads, d]`; written in place.
-        cu_seqlens_k: `[num_seqs + 1]` int32, segment starts, head room included; unused for pages.
+        cu_seqlens_k: `[num_seqs + 1]` int32, segment starts, head room included; unused for
+            pages, where it may be None.
         seqused_k: `[num_seqs]` int32, live rows; advanced by n in place.
         block_table: `[num_seqs, max_blocks]` int32.
 
@@ -101,6 +103,7 @@ def _check(k, v, k_cache, v_cache, cu_seqlens_k, seqused_k, block_table) -> None
     expect_dtype("k_cache", k_cache, k.dtype)
     expect_dtype("v_cache", v_cache, v.dtype)
     num_seqs = k.shape[0]
+    expect_starts("cu_seqlens_k", cu_seqlens_k, block_table=block_table)
     expect_per_sequence(
         num_seqs, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, block_table=block_table
     )

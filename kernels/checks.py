@@ -94,6 +94,29 @@ def expect_per_sequence(num_seqs: int, **tensors: Tensor | None) -> None:
             expect_array(name, x, (num_seqs,))
 
 
+def expect_starts(name: str, starts: Tensor | None, **instead: Tensor | None) -> None:
+    """Starts (cu_...), which may be None where all of `instead` are given: nothing reads them."""
+    if starts is None:
+        unread = bool(instead) and all(x is not None for x in instead.values())
+        expected = f"starts, or {' and '.join(instead)}" if instead else "starts"
+        expect(unread, name, None, expected)
+
+
+def expect_sinks(sinks: Tensor | None, q: Tensor, most_rows: int) -> None:
+    """A logit of each query head: one row, or a number that divides most_rows, contiguous."""
+    if sinks is None:
+        return
+    expect_same_device(q=q, sinks=sinks)
+    expect_float("sinks", sinks)
+    num_heads = q.shape[1]
+    got, rows = f"shape {tuple(sinks.shape)}", sinks.shape[0] if sinks.dim() == 2 else 1
+    fits = sinks.dim() in (1, 2) and sinks.shape[-1] == num_heads
+    fits = fits and rows > 0 and most_rows % rows == 0
+    many = "" if most_rows == 1 else f" or (n, {num_heads}), n a divisor of {most_rows} sequences"
+    expect(fits, "sinks", got, f"({num_heads},){many}")
+    expect(sinks.is_contiguous(), "sinks", f"strides {sinks.stride()}", "a contiguous tensor")
+
+
 def expect_same_device(**tensors: Tensor | None) -> None:
     """All given tensors on one device, which can run Triton: CUDA, or the CPU interpreter."""
     given = {name: x for name, x in tensors.items() if x is not None}

@@ -17,6 +17,7 @@ from .checks import (
     expect_per_sequence,
     expect_rows,
     expect_same_device,
+    expect_starts,
     interpreted,
 )
 from .compact_kernels import _compact_in_place_kernel, _compact_kernel
@@ -43,12 +44,12 @@ def tile_rows(head_size: int, itemsize: int) -> int:
 def compact_kv(
     k: Tensor,
     v: Tensor,
-    cu_seqlens_k: Tensor,
+    cu_seqlens_k: Tensor | None,
     indices: Tensor,
     cu_kept: Tensor,
     out_k: Tensor,
     out_v: Tensor,
-    cu_seqlens_out: Tensor,
+    cu_seqlens_out: Tensor | None,
     *,
     max_kept: int,
     block_table: Tensor | None = None,
@@ -62,12 +63,14 @@ def compact_kv(
     Args:
         k, v: `[total_k, num_kv_heads, d]` (`d_v` for v), or pages
             `[num_blocks, page_size, num_kv_heads, d]`; any strides whose last is 1.
-        cu_seqlens_k: `[num_seqs + 1]` int32, whose starts alone are used; unused for pages.
+        cu_seqlens_k: `[num_seqs + 1]` int32, whose starts alone are used; unused for pages, where
+            it may be None.
         indices, cu_kept: this layer's part of a Selection: cu_kept is
             `[num_seqs * num_kv_heads + 1]` int32 and may start above 0.
         out_k, out_v: `[capacity, 1, d]`, or pages `[num_blocks, page_size, 1, d]`; must not
             overlap the sources (see compact_kv_).
-        cu_seqlens_out: `[num_seqs * num_kv_heads + 1]` int32, segment starts; unused for pages.
+        cu_seqlens_out: `[num_seqs * num_kv_heads + 1]` int32, segment starts; unused for
+            pages, where it may be None.
         max_kept: host upper bound of the kept tokens of a segment.
         block_table: `[num_seqs, max_blocks]` int32, pages of the sources.
         out_block_table: `[num_seqs * num_kv_heads, max_blocks]` int32, pages of the pool.
@@ -231,7 +234,7 @@ def compact_layers(
 def compact_kv_(
     k: Tensor,
     v: Tensor,
-    cu_seqlens_k: Tensor,
+    cu_seqlens_k: Tensor | None,
     indices: Tensor,
     cu_kept: Tensor,
     *,
@@ -296,6 +299,7 @@ def check_selection(k, v, cu_seqlens_k, indices, cu_kept, block_table) -> int:
         block_table=block_table,
     )
     expect_rows(block_table, k=k, v=v)
+    expect_starts("cu_seqlens_k", cu_seqlens_k, block_table=block_table)
     if block_table is None:
         num_seqs = cu_seqlens_k.numel() - 1
         expect(num_seqs >= 0, "cu_seqlens_k", "no elements", "num_seqs + 1 elements")
@@ -323,6 +327,7 @@ def check_pool(num_segments, k, v, out_k, out_v, cu_seqlens_out, out_block_table
         shape = (1, source.shape[-1])
         expect(tuple(out.shape[-2:]) == shape, name, f"shape {tuple(out.shape)}", f"(..., {shape})")
     expect_rows(out_block_table, out_k=out_k, out_v=out_v)
+    expect_starts("cu_seqlens_out", cu_seqlens_out, out_block_table=out_block_table)
     if out_block_table is None:
         expect_per_sequence(num_segments, cu_seqlens_out=cu_seqlens_out)
     else:

@@ -23,6 +23,8 @@ from .checks import (
     expect_queries,
     expect_same_device,
     expect_shape,
+    expect_sinks,
+    expect_starts,
 )
 from .decode_kernels import _combine_splits_kernel, _split_kernel
 from .launch import (
@@ -72,12 +74,14 @@ def decode_launch(
     max_seqlen_q: int,
     max_seqlen_k: int,
     multiprocessors: int,
+    num_splits: int = 0,
 ) -> DecodeLaunch:
     """Splits of one size for all sequences, as many as two programs a multiprocessor.
 
     Of a sweep on an H100, that came within 4 % of the best launch of each shape on average (the
     sequences full); more programs start slower than they load. Splits are long enough for the
-    partial results of their rows not to matter beside the keys.
+    partial results of their rows not to matter beside the keys. Or num_splits, where it is given:
+    fewer where whole blocks of keys do not go round.
     """
     rows = max_seqlen_q * group
     # At most what the registers hold, and 99 KiB of shared memory, which is all some GPUs have.
@@ -90,8 +94,8 @@ def decode_launch(
         block_n, num_warps, num_stages = (32 if head_size <= 128 else 16), 8, 2
     num_programs = num_seqs * num_kv_heads * num_row_blocks  # of one split
     wanted = round(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors / max(num_programs, 1))
-    split_size = triton.cdiv(max_seqlen_k, max(wanted, 1))
-    split_size = max(split_size, 4 * min(rows, block_m), 1)
+    split_size = triton.cdiv(max_seqlen_k, num_splits or max(wanted, 1))
+    split_size = max(split_size, 1 if num_splits else 4 * min(rows, block_m), 1)
     split_size = triton.cdiv(split_size, block_n) * block_n
     return DecodeLaunch(
         BLOCK_M=block_m,
@@ -135,7 +139,7 @@ def varlen_decode(
     k: Tensor,
     v: Tensor,
     cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
+    cu_seqlens_k: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
     *,
@@ -146,6 +150,8 @@ def varlen_decode(
     seqused_k: Tensor | None = None,
     block_table: Tensor | None = None,
     first_key_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    num_splits: int = 0,
     return_softmax_lse: bool = False,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
@@ -160,7 +166,7 @@ def varlen_decode(
             The ragged layout is num_kv_heads = 1 and a sequence for each (sequence, KV head).
         cu_seqlens_q, cu_seqlens_k: `[num_seqs + 1]` int32. With seqused_k, cu_seqlens_k gives the
             starts, head room included; with pages it only bounds the lengths where seqused_k is
-            not given.
+            not given, and may be None where it is.
         max_seqlen_q, max_seqlen_k: host upper bounds of the lengths; the grid is made for them.
         softmax_scale: default 1 / sqrt(d).
         causal: bottom-right aligned. False by default, as in flash-attn: several rows that continue
@@ -174,7 +180,18 @@ def varlen_decode(
             the scaled (and capped) logit of the sequence's first key. Where that key is the mean of
             n others (`store_means`), log(n) gives it their weight; 0 makes it one key like others.
             Not with a left bound, which the first key would fall out of.
-        return_softmax_lse: also return the log-sum-exp, `[num_heads, total_q]` fp32, natural log.
+        sinks: `[num_heads]` fp16, bf16 or fp32, attention sinks as gpt-oss learns them: a logit of
+            each query head, neither scaled nor capped, that enters the softmax's denominator and
+            nothing else, once, however many splits. Or `[n, num_heads]`, n a divisor of num_seqs:
+            sequence i has row i % n, so that a layer's sinks suit the ragged layout as
+            `[num_kv_heads, group]`. vLLM, SGLang and FlashInfer have the name; Transformers and
+            vLLM's FlashAttention-3 call it s_aux, FlashAttention-4 learnable_sink.
+        num_splits: as in flash-attn: into how many parts, at most, the keys are split; 1 for none,
+            0 to choose by shape. It changes rounding and time. Not with a schedule, which splits
+            by what is live.
+        return_softmax_lse: also return the log-sum-exp, `[num_heads, total_q]` fp32, natural log,
+            of the sinks too, as FlashAttention-4 and vLLM have it: to merge two caches by it, give
+            the sinks to one of them.
         out: `[total_q, num_heads, d_v]`, written where given.
         workspace: what `decode_workspace` makes for these arguments, or a larger one; for the
             launches of one stream. Made where not given.
@@ -183,7 +200,8 @@ def varlen_decode(
             scheduled=True. A result depends, in its rounding, on the lengths of the others too.
 
     Returns:
-        `[total_q, num_heads, d_v]` of q's dtype. A row that sees no key is 0 with lse -inf.
+        `[total_q, num_heads, d_v]` of q's dtype. A row that sees no key is 0 with lse -inf, or its
+        sink.
 
     Raises:
         ValueError: an argument that does not fit the others, by name.
@@ -198,6 +216,7 @@ def varlen_decode(
         seqused_k,
         block_table,
         first_key_bias,
+        sinks,
         out,
         workspace,
         schedule,
@@ -207,6 +226,7 @@ def varlen_decode(
         causal=causal,
         window_size=tuple(window_size),
         softcap=softcap,
+        num_splits=num_splits,
         multiprocessors=num_multiprocessors(q.device),
     )
     total_q, num_heads = q.shape[:2]
@@ -228,17 +248,18 @@ def varlen_decode(
         "first_key_bias_ptr": first_key_bias,
     }
     partial = {"partial_out_ptr": to, "partial_lse_ptr": to_lse}
-    result = {"out_ptr": out, "lse_ptr": lse, "cu_seqlens_q_ptr": cu_seqlens_q}
+    result = {"out_ptr": out, "lse_ptr": lse, "cu_seqlens_q_ptr": cu_seqlens_q, "sinks_ptr": sinks}
     with current(q.device):
         if schedule is not None:
-            keys |= {"schedule_ptr": schedule, "out_ptr": out, "lse_ptr": lse}
+            keys |= {"schedule_ptr": schedule, **result}
             _scheduled_kernel[launch.splits.grid](**keys, **partial, **launch.splits.constants)
             assert launch.combination is not None
             _combine_pieces_kernel[launch.combination.grid](
                 **partial, **result, schedule_ptr=schedule, **launch.combination.constants
             )
             return (out, lse) if lse is not None else out
-        keys |= {"out_ptr": to, "lse_ptr": to_lse}
+        is_last = launch.combination is None  # then sinks enter here
+        keys |= {"out_ptr": to, "lse_ptr": to_lse, "sinks_ptr": sinks if is_last else None}
         _split_kernel[launch.splits.grid](**keys, **launch.splits.constants)
         if launch.combination is not None:
             _combine_splits_kernel[launch.combination.grid](
@@ -271,6 +292,7 @@ def _prepare(
     seqused_k,
     block_table,
     first_key_bias,
+    sinks,
     out,
     workspace,
     schedule,
@@ -281,6 +303,7 @@ def _prepare(
     causal: bool,
     window_size: tuple[int, int],
     softcap: float,
+    num_splits: int,
     multiprocessors: int,
 ) -> _Prepared:
     """Checks and the launches. Over 60 lines by their arguments, a line each."""
@@ -290,7 +313,9 @@ def _prepare(
     )
     num_kv_heads, d_v = v.shape[-2:]
     _check_bias(first_key_bias, q, num_seqs * num_kv_heads, window_size)
-    plan = _launch_for(q, v, num_seqs, max_seqlen_q, max_seqlen_k, multiprocessors)
+    expect_sinks(sinks, q, num_seqs)
+    _check_splits(num_splits, schedule)
+    plan = _launch_for(q, v, num_seqs, max_seqlen_q, max_seqlen_k, multiprocessors, num_splits)
     total_q, num_heads, d = q.shape
     group = num_heads // num_kv_heads
     rows = max_seqlen_q * group
@@ -311,6 +336,7 @@ def _prepare(
     shared: dict[str, Any] = {  # by both kernels
         "stride_out_row": num_heads * d_v if out is None else out.stride(0),
         "stride_out_head": d_v if out is None else out.stride(1),
+        "sink_rows": 1 if sinks is None or sinks.dim() == 1 else sinks.shape[0],
         "HEAD_SIZE_V": d_v,
         "D_V": padded(d_v),
     }
@@ -375,15 +401,16 @@ def decode_workspace(
     max_seqlen_q: int,
     max_seqlen_k: int,
     *,
+    num_splits: int = 0,
     scheduled: bool = False,
 ) -> Tensor:
     """Memory for the partial results of varlen_decode with these shapes, fp32.
 
-    Only the shapes, dtype and device of q and v (as varlen_decode takes them) matter, and whether
-    a schedule is given.
+    Only the shapes, dtype and device of q and v (as varlen_decode takes them) matter, num_splits,
+    and whether a schedule is given.
     """
     multiprocessors, num_kv_heads = num_multiprocessors(q.device), v.shape[-2]
-    plan = _launch_for(q, v, num_seqs, max_seqlen_q, max_seqlen_k, multiprocessors)
+    plan = _launch_for(q, v, num_seqs, max_seqlen_q, max_seqlen_k, multiprocessors, num_splits)
     rows, schedule = max_seqlen_q * q.shape[1] // num_kv_heads, None
     if scheduled:
         schedule = schedule_launch(
@@ -410,6 +437,7 @@ def _launch_for(
     max_seqlen_q: int,
     max_seqlen_k: int,
     multiprocessors: int,
+    num_splits: int = 0,
 ) -> DecodeLaunch:
     num_kv_heads, d_v = v.shape[-2:]
     return decode_launch(
@@ -421,7 +449,14 @@ def _launch_for(
         max_seqlen_q,
         max_seqlen_k,
         multiprocessors,
+        num_splits,
     )
+
+
+def _check_splits(num_splits: int, schedule: Tensor | None) -> None:
+    expect(num_splits >= 0, "num_splits", num_splits, "0, or how many at most")
+    alone = num_splits == 0 or schedule is None
+    expect(alone, "num_splits", num_splits, "0 together with a schedule, which splits by itself")
 
 
 def _check_workspace(workspace: Tensor | None, q: Tensor, needed: int) -> None:
@@ -464,6 +499,7 @@ def _check(
     expect(len(window_size) == 2, "window_size", window_size, "(left, right)")
     num_seqs = cu_seqlens_q.numel() - 1
     expect(num_seqs >= 0, "cu_seqlens_q", "no elements", "num_seqs + 1 elements")
+    expect_starts("cu_seqlens_k", cu_seqlens_k, block_table=block_table, seqused_k=seqused_k)
     expect_per_sequence(
         num_seqs,
         cu_seqlens_q=cu_seqlens_q,

@@ -203,9 +203,23 @@ def attend_rows(
 
 
 @triton.jit
+def _beside_sink(lse, sink):
+    """What the keys have of a softmax that has a sink too, and the log2-sum-exp2 of all; both
+    arguments are logarithms to base 2."""
+    top = tl.maximum(lse, sink)
+    shift = tl.where(top == -float("inf"), 0.0, top)
+    of_keys = tl.exp2(lse - shift)
+    total = of_keys + tl.exp2(sink - shift)
+    is_empty = total == 0.0
+    share = of_keys / tl.where(is_empty, 1.0, total)
+    return share, tl.where(is_empty, -float("inf"), shift + tl.log2(total))
+
+
+@triton.jit
 def store_result(
     out_ptr,  # [total_q, num_heads, d_v]
     lse_ptr,  # [num_heads, total_q], natural log, or None
+    sinks_ptr,  # at the sequence's, [num_heads], natural log, or None
     result,
     lse,  # log2
     row_offset,
@@ -217,7 +231,11 @@ def store_result(
     HEAD_SIZE_V: tl.constexpr,
     D_V: tl.constexpr,
 ):
-    """Rows that are ready, where the caller wants them."""
+    """Rows that are ready but for their sinks, where the caller wants them."""
+    if sinks_ptr is not None:
+        sinks = tl.load(sinks_ptr + heads).to(tl.float32) * 1.4426950408889634
+        share, lse = _beside_sink(lse, sinks)
+        result *= share[:, None]
     at_out = row_offset * stride_out_row + heads * stride_out_head
     store_rows(out_ptr, at_out, result, live_rows, HEAD_SIZE_V, D_V)
     if lse_ptr is not None:
@@ -232,8 +250,9 @@ def store_result(
         "num_kv_heads",
         "num_row_blocks",
         "split_size",
+        "sink_rows",
     ],
-    do_not_specialize_on_alignment=[*LENGTHS, "first_key_bias_ptr"],
+    do_not_specialize_on_alignment=[*LENGTHS, "first_key_bias_ptr", "sinks_ptr"],
     launch_metadata=profiling.decode_split,
 )
 def _split_kernel(
@@ -245,6 +264,7 @@ def _split_kernel(
     seqused_k_ptr,
     block_table_ptr,
     first_key_bias_ptr,  # [num_seqs, num_kv_heads], natural log, or None
+    sinks_ptr,  # DIRECT: [sink_rows, num_heads], natural log, or None; else None
     out_ptr,  # DIRECT: [total_q, num_heads, d_v]; else fp32 [num_splits, num_rows, d_v]
     lse_ptr,  # DIRECT: [num_heads, total_q], natural log, or None; else log2 [num_splits, num_rows]
     scale_log2,  # softmax_scale * log2(e); with a softcap, softmax_scale * 2 * log2(e) / softcap
@@ -257,6 +277,7 @@ def _split_kernel(
     num_kv_heads,
     num_row_blocks,
     split_size,
+    sink_rows,
     stride_q_row,
     stride_q_head,
     stride_k_page,
@@ -285,7 +306,7 @@ def _split_kernel(
     The grid is made for the capacity; what lies behind the live length exits at once. Splits are
     its slow axis: heads that share memory pages run together, and idle programs come last.
 
-    Longer than 100 lines by its 43 arguments and their way to attend_rows.
+    Longer than 100 lines by its 45 arguments and their way to attend_rows.
     """
     split = tl.program_id(1)
     head, rest = (tl.program_id(0) % num_kv_heads).to(tl.int64), tl.program_id(0) // num_kv_heads
@@ -348,6 +369,7 @@ def _split_kernel(
             store_result(
                 out_ptr,
                 lse_ptr,
+                None if sinks_ptr is None else sinks_ptr + seq % sink_rows * num_heads,
                 result,
                 lse,
                 row_offset,
@@ -402,12 +424,17 @@ def combine_row(
 def store_row(
     out_ptr,  # at the row
     lse_ptr,  # at the row, natural log, or None
+    sink_ptr,  # the row's, natural log, or None
     result,
     lse,  # log2
     HEAD_SIZE_V: tl.constexpr,
     D_V: tl.constexpr,
 ):
-    """One row that is ready."""
+    """One row that is ready but for its sink."""
+    if sink_ptr is not None:
+        sink = tl.load(sink_ptr).to(tl.float32) * 1.4426950408889634
+        share, lse = _beside_sink(lse, sink)
+        result *= share
     dims = tl.arange(0, D_V)
     tl.store(out_ptr + dims, result.to(out_ptr.dtype.element_ty), mask=dims < HEAD_SIZE_V)
     if lse_ptr is not None:
@@ -415,8 +442,8 @@ def store_row(
 
 
 @triton.jit(
-    do_not_specialize=["max_keys", "num_rows", "num_heads", "split_size"],
-    do_not_specialize_on_alignment=LENGTHS,
+    do_not_specialize=["max_keys", "num_rows", "num_heads", "split_size", "sink_rows"],
+    do_not_specialize_on_alignment=[*LENGTHS, "sinks_ptr"],
     launch_metadata=profiling.decode_combine,
 )
 def _combine_splits_kernel(
@@ -425,12 +452,14 @@ def _combine_splits_kernel(
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
     seqused_k_ptr,
+    sinks_ptr,  # [sink_rows, num_heads], natural log, or None
     out_ptr,  # [total_q, num_heads, d_v]
     lse_ptr,  # [num_heads, total_q], natural log, or None
     max_keys,
     num_rows,
     num_heads,
     split_size,
+    sink_rows,
     stride_out_row,
     stride_out_head,
     HEAD_SIZE_V: tl.constexpr,
@@ -460,4 +489,7 @@ def _combine_splits_kernel(
         if lse_ptr is not None:
             at_lse += head * (num_rows // num_heads) + q_row
         at_out = out_ptr + q_row * stride_out_row + head * stride_out_head
-        store_row(at_out, at_lse, result, lse, HEAD_SIZE_V, D_V)
+        at_sink = sinks_ptr
+        if sinks_ptr is not None:
+            at_sink += seq % sink_rows * num_heads + head
+        store_row(at_out, at_lse, at_sink, result, lse, HEAD_SIZE_V, D_V)

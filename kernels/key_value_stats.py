@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .checks import expect_per_sequence, expect_rows, expect_same_device
+from .checks import expect_per_sequence, expect_rows, expect_same_device, expect_starts
 from .key_value_stats_kernels import _cosine_kernel, _mean_kernel, _sum_kernel
 from .launch import cache_constants, current, padded
 from .types import KeyValueStats
@@ -51,6 +51,7 @@ def key_value_stats(
         k=k, v=v, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, block_table=block_table
     )
     expect_rows(block_table, k=k, v=v)
+    expect_starts("cu_seqlens_k", cu_seqlens_k)  # of pages too: they place the results
     num_kv_heads, d = k.shape[-2:]
     num_seqs = cu_seqlens_k.shape[0] - 1
     per_sequence = dict(cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, block_table=block_table)

@@ -94,7 +94,7 @@ _post_vision_stats = _operator(
     score.post_vision_stats,
     "(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q,"
     " SymInt max_seqlen_k, *, float? softmax_scale=None, float threshold=0.01,"
-    " float softcap=0.0, Tensor? seqused_k=None, Tensor? block_table=None,"
+    " float softcap=0.0, Tensor? seqused_k=None, Tensor? block_table=None, Tensor? sinks=None,"
     ' Tensor? row_weights=None, str row_reduction="sum", str group_reduction="mean")'
     " -> (Tensor, Tensor, Tensor)",
     _fake_stats,
@@ -113,13 +113,13 @@ _select_tokens = _operator(
 )
 _compact_kv = _operator(
     compact.compact_kv,
-    "(Tensor k, Tensor v, Tensor cu_seqlens_k, Tensor indices, Tensor cu_kept, Tensor(a!) out_k,"
-    " Tensor(b!) out_v, Tensor cu_seqlens_out, *, SymInt max_kept, Tensor? block_table=None,"
+    "(Tensor k, Tensor v, Tensor? cu_seqlens_k, Tensor indices, Tensor cu_kept, Tensor(a!) out_k,"
+    " Tensor(b!) out_v, Tensor? cu_seqlens_out, *, SymInt max_kept, Tensor? block_table=None,"
     " Tensor? out_block_table=None) -> ()",
 )
 _compact_kv_in_place = _operator(
     compact.compact_kv_,
-    "(Tensor(a!) k, Tensor(b!) v, Tensor cu_seqlens_k, Tensor indices, Tensor cu_kept, *,"
+    "(Tensor(a!) k, Tensor(b!) v, Tensor? cu_seqlens_k, Tensor indices, Tensor cu_kept, *,"
     " SymInt max_kept, Tensor? block_table=None) -> ()",
 )
 _compact_layers = _operator(
@@ -129,7 +129,7 @@ _compact_layers = _operator(
 )
 _sum_evicted = _operator(
     remainder.sum_evicted,
-    "(Tensor k, Tensor v, Tensor cu_seqlens_k, Tensor indices, Tensor cu_kept,"
+    "(Tensor k, Tensor v, Tensor? cu_seqlens_k, Tensor indices, Tensor cu_kept,"
     " SymInt max_seqlen_k, *, Tensor? seqused_k=None, Tensor? block_table=None)"
     " -> (Tensor, Tensor)",
     _fake_sums,
@@ -137,20 +137,21 @@ _sum_evicted = _operator(
 _store_means = _operator(
     remainder.store_means,
     "(Tensor sum_k, Tensor sum_v, Tensor counts, Tensor(a!) out_k, Tensor(b!) out_v,"
-    " Tensor cu_seqlens_out, *, Tensor? out_block_table=None) -> ()",
+    " Tensor? cu_seqlens_out, *, Tensor? out_block_table=None) -> ()",
 )
 _varlen_decode = _operator(
     decode.varlen_decode,
-    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
+    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor? cu_seqlens_k,"
     " SymInt max_seqlen_q, SymInt max_seqlen_k, *, float? softmax_scale=None, bool causal=False,"
     " SymInt[2] window_size=[-1, -1], float softcap=0.0, Tensor? seqused_k=None,"
-    " Tensor? block_table=None, Tensor? first_key_bias=None) -> (Tensor, Tensor)",
+    " Tensor? block_table=None, Tensor? first_key_bias=None, Tensor? sinks=None,"
+    " SymInt num_splits=0) -> (Tensor, Tensor)",
     _fake_decode,
     return_softmax_lse=True,
 )
 _append_kv = _operator(
     append.append_kv,
-    "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cu_seqlens_k,"
+    "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? cu_seqlens_k,"
     " Tensor(c!) seqused_k, *, Tensor? block_table=None) -> ()",
 )
 

@@ -43,10 +43,11 @@ def _row_size(x: Arguments, rows: str) -> int:
 
 def _lengths(x: Arguments, bounded: bool) -> Tensor:
     """`[num_seqs]` int64, as addressing.live_length has them."""
-    lengths, used = x["cu_seqlens_k_ptr"].diff(), x["seqused_k_ptr"]
-    if used is not None:
-        lengths = lengths.minimum(used) if bounded else used
-    return lengths.long()
+    starts, used = x["cu_seqlens_k_ptr"], x["seqused_k_ptr"]
+    if used is not None and not bounded:  # nor need there be starts
+        return used.long()
+    lengths = starts.diff()
+    return (lengths if used is None else lengths.minimum(used)).long()
 
 
 def _decode(x: Arguments, paged: bool, num_heads: int) -> tuple[Tensor, Tensor, int]:
@@ -88,7 +89,7 @@ def _pieces(x: Arguments, num_heads: int) -> int:
 @_launch_metadata
 def schedule(x: Arguments) -> tuple[int, int]:
     """The lengths, and the table."""
-    lengths = [x["cu_seqlens_k_ptr"]] + [x["seqused_k_ptr"]] * (x["seqused_k_ptr"] is not None)
+    lengths = [y for y in (x["cu_seqlens_k_ptr"], x["seqused_k_ptr"]) if y is not None]
     return _size(*lengths, x["schedule_ptr"]), 0
 
 

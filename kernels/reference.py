@@ -31,6 +31,7 @@ def post_vision_stats(
     softcap: float = 0.0,
     seqused_k: Tensor | None = None,
     block_table: Tensor | None = None,
+    sinks: Tensor | None = None,
     row_weights: Tensor | None = None,
     row_reduction: str = "sum",
     group_reduction: str = "mean",
@@ -57,7 +58,8 @@ def post_vision_stats(
         logits = logits.masked_fill(~mask, -math.inf)
         row_max = logits.amax(-1, keepdim=True)
         passes = mask & (logits - row_max >= math.log(threshold))
-        attention = logits.softmax(-1).masked_fill(~mask, 0.0)  # rows that see no key: 0, not NaN
+        attention = _softmax(logits, None if sinks is None else sinks.float()[:, None, None])
+        attention = attention.masked_fill(~mask, 0.0)  # rows that see no key: 0, not NaN
         if row_weights is not None:
             attention = attention * row_weights[starts_q[i] : starts_q[i + 1], None]
         column = attention.sum(1) if row_reduction == "sum" else attention.amax(1)
@@ -135,12 +137,12 @@ def select_tokens(
 def compact_kv(
     k: Tensor,
     v: Tensor,
-    cu_seqlens_k: Tensor,
+    cu_seqlens_k: Tensor | None,
     indices: Tensor,
     cu_kept: Tensor,
     out_k: Tensor,
     out_v: Tensor,
-    cu_seqlens_out: Tensor,
+    cu_seqlens_out: Tensor | None,
     *,
     max_kept: int,
     block_table: Tensor | None = None,
@@ -183,7 +185,7 @@ def compact_layers(
 def compact_kv_(
     k: Tensor,
     v: Tensor,
-    cu_seqlens_k: Tensor,
+    cu_seqlens_k: Tensor | None,
     indices: Tensor,
     cu_kept: Tensor,
     *,
@@ -206,7 +208,7 @@ def compact_kv_(
 def sum_evicted(
     k: Tensor,
     v: Tensor,
-    cu_seqlens_k: Tensor,
+    cu_seqlens_k: Tensor | None,
     indices: Tensor,
     cu_kept: Tensor,
     max_seqlen_k: int,
@@ -218,7 +220,10 @@ def sum_evicted(
     num_kv_heads = k.shape[-2]
     bounds = cu_kept.tolist()
     num_segments = len(bounds) - 1
-    lengths = cu_seqlens_k.diff() if seqused_k is None else seqused_k
+    lengths = seqused_k
+    if lengths is None:
+        assert cu_seqlens_k is not None
+        lengths = cu_seqlens_k.diff()
     sums = [x.new_zeros(num_segments, 1, x.shape[-1], dtype=torch.float32) for x in (k, v)]
     for s in range(num_segments):
         i, h = divmod(s, num_kv_heads)
@@ -236,7 +241,7 @@ def store_means(
     counts: Tensor,
     out_k: Tensor,
     out_v: Tensor,
-    cu_seqlens_out: Tensor,
+    cu_seqlens_out: Tensor | None,
     *,
     out_block_table: Tensor | None = None,
 ) -> None:
@@ -253,7 +258,7 @@ def varlen_decode(
     k: Tensor,
     v: Tensor,
     cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
+    cu_seqlens_k: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
     *,
@@ -264,10 +269,13 @@ def varlen_decode(
     seqused_k: Tensor | None = None,
     block_table: Tensor | None = None,
     first_key_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    num_splits: int = 0,
     return_softmax_lse: bool = False,
     out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of few query rows over variable-length caches: `decode.varlen_decode`."""
+    """Attention of few query rows over variable-length caches: `decode.varlen_decode`. Keys are in
+    one piece, whatever num_splits."""
     total_q, num_heads, d = q.shape
     num_kv_heads, d_v = v.shape[-2:]
     group = num_heads // num_kv_heads
@@ -302,14 +310,20 @@ def varlen_decode(
             )
         logits[..., :1] += first_key_bias.view(num_seqs, num_kv_heads, 1, 1)[row_seq]
     logits = logits.masked_fill(~mask[:, None, None], -math.inf)
-    weights = logits.softmax(-1).masked_fill(~mask[:, None, None], 0.0)
+    sink = None
+    if sinks is not None:
+        sink = sinks.float().view(-1, num_kv_heads, group, 1)
+        sink = sink[row_seq % len(sink)]  # [total_q, H_kv, group, 1]
+    weights = _softmax(logits, sink).masked_fill(~mask[:, None, None], 0.0)
     # A masked column may hold anything, NaN included: 0 * NaN would not be 0.
     values = flat_v[source].float()[row_seq].masked_fill(~mask[..., None, None], 0.0)
     result = torch.einsum("qhgk,qkhd->qhgd", weights, values).reshape(total_q, num_heads, d_v)
     out = torch.empty_like(result, dtype=q.dtype) if out is None else out
     out.copy_(result)
     if return_softmax_lse:
-        return out, logits.logsumexp(-1).reshape(total_q, num_heads).T.contiguous()
+        lse = logits.logsumexp(-1)
+        lse = lse if sink is None else lse.logaddexp(sink[..., 0])
+        return out, lse.reshape(total_q, num_heads).T.contiguous()
     return out
 
 
@@ -318,7 +332,7 @@ def append_kv(
     v: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    cu_seqlens_k: Tensor,
+    cu_seqlens_k: Tensor | None,
     seqused_k: Tensor,
     *,
     block_table: Tensor | None = None,
@@ -327,6 +341,7 @@ def append_kv(
     num_seqs, n = k.shape[:2]
     position = seqused_k.long()[:, None] + torch.arange(n, device=k.device)  # [num_seqs, n]
     if block_table is None:
+        assert cu_seqlens_k is not None
         fits = position < (cu_seqlens_k[1:] - cu_seqlens_k[:-1])[:, None]
     else:
         fits = position < block_table.shape[1] * k_cache.shape[1]
@@ -337,22 +352,37 @@ def append_kv(
     seqused_k += n
 
 
+def _softmax(logits: Tensor, sink: Tensor | None) -> Tensor:
+    """Over the last dimension; beside a sink (of size 1 in it), whose share is dropped."""
+    if sink is None:
+        return logits.softmax(-1)
+    sink = sink.expand(*logits.shape[:-1], 1)
+    return torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
+
+
 def _live_keys(
-    cu_seqlens_k: Tensor, seqused_k: Tensor | None, block_table: Tensor | None, k: Tensor
+    cu_seqlens_k: Tensor | None, seqused_k: Tensor | None, block_table: Tensor | None, k: Tensor
 ) -> Tensor:
     """`[num_seqs]` int64, never more than a sequence has memory for."""
-    capacity = (cu_seqlens_k[1:] - cu_seqlens_k[:-1]).long()
-    if block_table is None:
-        return capacity if seqused_k is None else capacity.minimum(seqused_k)
-    live = capacity if seqused_k is None else seqused_k.long()
-    return live.clamp(max=block_table.shape[1] * k.shape[1])
+    if block_table is not None and seqused_k is not None:
+        live = seqused_k.long()
+    else:
+        assert cu_seqlens_k is not None
+        live = (cu_seqlens_k[1:] - cu_seqlens_k[:-1]).long()
+        live = live if seqused_k is None else live.minimum(seqused_k)
+    return live if block_table is None else live.clamp(max=block_table.shape[1] * k.shape[1])
 
 
 def _rows(
-    position: Tensor, seq: int | Tensor, cu_seqlens: Tensor, block_table: Tensor | None, x: Tensor
+    position: Tensor,
+    seq: int | Tensor,
+    cu_seqlens: Tensor | None,
+    block_table: Tensor | None,
+    x: Tensor,
 ) -> Tensor:
     """Flat row numbers of logical positions of sequence `seq` in a packed or paged tensor x."""
     if block_table is None:
+        assert cu_seqlens is not None
         return cu_seqlens[seq].long() + position
     page_size = x.shape[1]
     return block_table[seq, position // page_size].long() * page_size + position % page_size

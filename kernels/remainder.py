@@ -12,7 +12,13 @@ import torch
 import triton
 from torch import Tensor
 
-from .checks import expect, expect_array, expect_per_sequence, expect_same_device
+from .checks import (
+    expect,
+    expect_array,
+    expect_per_sequence,
+    expect_same_device,
+    expect_starts,
+)
 from .compact import check_pool, check_selection, source_constants
 from .launch import current, padded
 from .remainder_kernels import _store_means_kernel, _sum_evicted_kernel
@@ -29,7 +35,7 @@ def num_chunks(max_seqlen_k: int) -> int:
 def sum_evicted(
     k: Tensor,
     v: Tensor,
-    cu_seqlens_k: Tensor,
+    cu_seqlens_k: Tensor | None,
     indices: Tensor,
     cu_kept: Tensor,
     max_seqlen_k: int,
@@ -43,7 +49,7 @@ def sum_evicted(
         k, v: `[total_k, num_kv_heads, d]` (`d_v` for v), or pages
             `[num_blocks, page_size, num_kv_heads, d]`; any strides whose last is 1.
         cu_seqlens_k: `[num_seqs + 1]` int32. Starts alone are used with seqused_k; lengths alone
-            with pages, and nothing with both.
+            with pages, and nothing with both, where it may be None.
         indices, cu_kept: this layer's part of a Selection, ascending in each segment: cu_kept is
             `[num_seqs * num_kv_heads + 1]` int32 and may start above 0.
         max_seqlen_k: host upper bound of the live lengths.
@@ -64,6 +70,7 @@ def sum_evicted(
         expect_same_device(k=k, seqused_k=seqused_k)
         expect_per_sequence(num_seqs, seqused_k=seqused_k)
     else:
+        expect_starts("cu_seqlens_k", cu_seqlens_k, block_table=block_table, seqused_k=seqused_k)
         expect_per_sequence(num_seqs, cu_seqlens_k=cu_seqlens_k)
     chunks = num_chunks(max_seqlen_k)
     sum_k, sum_v = (
@@ -99,7 +106,7 @@ def store_means(
     counts: Tensor,
     out_k: Tensor,
     out_v: Tensor,
-    cu_seqlens_out: Tensor,
+    cu_seqlens_out: Tensor | None,
     *,
     out_block_table: Tensor | None = None,
 ) -> None:
@@ -111,7 +118,8 @@ def store_means(
         sum_k, sum_v: `[num_segments, n, d]` (`d_v` for v) fp32, as `sum_evicted` gives them.
         counts: `[num_segments]` int32, how many rows were added up.
         out_k, out_v: `[capacity, 1, d]`, or pages `[num_blocks, page_size, 1, d]`.
-        cu_seqlens_out: `[num_segments + 1]` int32, whose starts alone are used; unused for pages.
+        cu_seqlens_out: `[num_segments + 1]` int32, whose starts alone are used; unused for
+            pages, where it may be None.
         out_block_table: `[num_segments, max_blocks]` int32, pages of the pool.
 
     Raises:

@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .checks import expect, expect_array, expect_queries, expect_same_device
+from .checks import expect, expect_array, expect_queries, expect_same_device, expect_starts
 from .decode import _launch_for, schedule_launch
 from .launch import Launch, current, num_multiprocessors, once_per_signature
 from .schedule_kernels import IS_SUPPORTED, _schedule_kernel
@@ -27,7 +27,7 @@ def decode_schedule(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens_k: Tensor,
+    cu_seqlens_k: Tensor | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
     *,
@@ -41,7 +41,7 @@ def decode_schedule(
     Args:
         q, k, v, max_seqlen_q, max_seqlen_k, block_table: as varlen_decode takes them in the layers;
             of q, k, v and block_table the shapes, dtypes and device alone matter.
-        cu_seqlens_k: `[num_layers, num_seqs + 1]` int32.
+        cu_seqlens_k: `[num_layers, num_seqs + 1]` int32; may be None for pages with seqused_k.
         seqused_k: `[num_layers, num_seqs]` int32, live keys on the device.
         num_new: keys that `append_kv` adds to every sequence between this and a layer's decode.
             Keys that a layer has beyond what its schedule knows are not attended to.
@@ -105,11 +105,18 @@ def _prepare(
         q=q, k=k, v=v, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, block_table=block_table
     )
     expect_queries(q, block_table, k=k, v=v)
-    shape = tuple(cu_seqlens_k.shape)
-    many = len(shape) == 2 and shape[1] > 0
-    expect(many, "cu_seqlens_k", f"shape {shape}", "[num_layers, num_seqs + 1]")
-    expect_array("cu_seqlens_k", cu_seqlens_k, shape)
-    num_layers, num_seqs = shape[0], shape[1] - 1
+    expect_starts("cu_seqlens_k", cu_seqlens_k, block_table=block_table, seqused_k=seqused_k)
+    if cu_seqlens_k is None:
+        two = seqused_k.dim() == 2
+        got = f"shape {tuple(seqused_k.shape)}"
+        expect(two, "seqused_k", got, "[num_layers, num_seqs]")
+        num_layers, num_seqs = seqused_k.shape
+    else:
+        shape = tuple(cu_seqlens_k.shape)
+        many = len(shape) == 2 and shape[1] > 0
+        expect(many, "cu_seqlens_k", f"shape {shape}", "[num_layers, num_seqs + 1]")
+        expect_array("cu_seqlens_k", cu_seqlens_k, shape)
+        num_layers, num_seqs = shape[0], shape[1] - 1
     if seqused_k is not None:
         expect_array("seqused_k", seqused_k, (num_layers, num_seqs))
     growing = num_new >= 0 and (num_new == 0 or seqused_k is not None)

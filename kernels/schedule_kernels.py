@@ -62,7 +62,7 @@ def _blocks(
     launch_metadata=profiling.schedule,
 )
 def _schedule_kernel(
-    cu_seqlens_k_ptr,  # [num_layers, num_seqs + 1]
+    cu_seqlens_k_ptr,  # [num_layers, num_seqs + 1], or None
     seqused_k_ptr,  # [num_layers, num_seqs], or None
     schedule_ptr,  # [num_layers, num_seqs + 1 + num_programs + 1]
     num_seqs,
@@ -80,7 +80,8 @@ def _schedule_kernel(
 ):
     """The sequences of PROGRAMS programs of one layer; its first program writes all beginnings."""
     chunk, layer = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    cu_seqlens_k_ptr += layer * stride_cu_seqlens_k
+    if cu_seqlens_k_ptr is not None:
+        cu_seqlens_k_ptr += layer * stride_cu_seqlens_k
     if seqused_k_ptr is not None:
         seqused_k_ptr += layer * stride_seqused_k
     schedule_ptr += layer * stride_schedule
@@ -123,8 +124,9 @@ def _schedule_kernel(
         "num_programs",
         "min_share",
         "rows_per_piece",
+        "sink_rows",
     ],
-    do_not_specialize_on_alignment=[*LENGTHS, "first_key_bias_ptr", "schedule_ptr"],
+    do_not_specialize_on_alignment=[*LENGTHS, "first_key_bias_ptr", "sinks_ptr", "schedule_ptr"],
     launch_metadata=profiling.decode_scheduled,
 )
 def _scheduled_kernel(
@@ -136,6 +138,7 @@ def _scheduled_kernel(
     seqused_k_ptr,
     block_table_ptr,
     first_key_bias_ptr,  # [num_seqs, num_kv_heads], natural log, or None
+    sinks_ptr,  # [sink_rows, num_heads], natural log, or None
     schedule_ptr,
     out_ptr,  # [total_q, num_heads, d_v]
     lse_ptr,  # [num_heads, total_q], natural log, or None
@@ -154,6 +157,7 @@ def _scheduled_kernel(
     num_programs,
     min_share,
     rows_per_piece,
+    sink_rows,
     stride_q_row,
     stride_q_head,
     stride_k_page,
@@ -245,6 +249,9 @@ def _scheduled_kernel(
                 store_result(
                     out_ptr,
                     lse_ptr,
+                    None
+                    if sinks_ptr is None
+                    else sinks_ptr + seq % sink_rows * num_kv_heads * GROUP,
                     result,
                     lse,
                     (start_q + tokens).to(tl.int64),
@@ -272,14 +279,16 @@ def _scheduled_kernel(
         "num_programs",
         "min_share",
         "rows_per_piece",
+        "sink_rows",
     ],
-    do_not_specialize_on_alignment=["cu_seqlens_q_ptr", "schedule_ptr"],
+    do_not_specialize_on_alignment=["cu_seqlens_q_ptr", "sinks_ptr", "schedule_ptr"],
     launch_metadata=profiling.decode_combine_pieces,
 )
 def _combine_pieces_kernel(
     partial_out_ptr,  # fp32 [pieces, num_kv_heads, rows_per_piece, d_v]
     partial_lse_ptr,  # fp32 [pieces, num_kv_heads, rows_per_piece], log2
     cu_seqlens_q_ptr,
+    sinks_ptr,  # [sink_rows, num_heads], natural log, or None
     schedule_ptr,
     out_ptr,  # [total_q, num_heads, d_v]
     lse_ptr,  # [num_heads, total_q], natural log, or None
@@ -289,6 +298,7 @@ def _combine_pieces_kernel(
     num_programs,
     min_share,
     rows_per_piece,
+    sink_rows,
     stride_out_row,
     stride_out_head,
     HEAD_SIZE_V: tl.constexpr,
@@ -322,4 +332,7 @@ def _combine_pieces_kernel(
         if lse_ptr is not None:
             at_lse += head * total_q + q_row
         at_out = out_ptr + q_row * stride_out_row + head * stride_out_head
-        store_row(at_out, at_lse, result, lse, HEAD_SIZE_V, D_V)
+        at_sink = sinks_ptr
+        if sinks_ptr is not None:
+            at_sink += seq % sink_rows * num_heads + head
+        store_row(at_out, at_lse, at_sink, result, lse, HEAD_SIZE_V, D_V)

@@ -22,7 +22,15 @@ import torch
 import triton
 from torch import Tensor
 
-from .checks import expect, expect_array, expect_per_sequence, expect_queries, expect_same_device
+from .checks import (
+    expect,
+    expect_array,
+    expect_per_sequence,
+    expect_queries,
+    expect_same_device,
+    expect_sinks,
+    expect_starts,
+)
 from .launch import (
     Launch,
     cache_constants,
@@ -132,6 +140,7 @@ def post_vision_stats(
     softcap: float = 0.0,
     seqused_k: Tensor | None = None,
     block_table: Tensor | None = None,
+    sinks: Tensor | None = None,
     row_weights: Tensor | None = None,
     row_reduction: str = "sum",
     group_reduction: str = "mean",
@@ -156,6 +165,10 @@ def post_vision_stats(
         softcap: logits become tanh(logits / softcap) * softcap where it is above 0, first of all.
         seqused_k: `[num_seqs]` int32, live keys of each sequence; default all.
         block_table: `[num_seqs, max_blocks]` int32, the pages of each sequence in order.
+        sinks: `[num_heads]` fp16, bf16 or fp32, attention sinks as varlen_decode has them: no key
+            receives what they take of a row's attention, so that a row gives out less than 1. The
+            filter compares entries with the maximum of their row's, in which sinks have no part:
+            they make all entries less by one factor, and the counts stay what they were.
         row_weights: `[total_q]` fp32, at least 0: what each row's attention counts in the scores.
         row_reduction: "sum" or "max", of a key's attention over the rows of a query head.
         group_reduction: "mean" or "max", of that over the query heads of a KV head.
@@ -171,6 +184,7 @@ def post_vision_stats(
         cu_seqlens_k,
         seqused_k,
         block_table,
+        sinks,
         row_weights,
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
@@ -202,7 +216,10 @@ def post_vision_stats(
             visible_ptr=visible, partials_ptr=partials, **shared, **launch.rows.constants
         )
         _row_stats_kernel[launch.row_stats.grid](
-            partials_ptr=partials, row_stats_ptr=row_stats, **launch.row_stats.constants
+            partials_ptr=partials,
+            sinks_ptr=sinks,
+            row_stats_ptr=row_stats,
+            **launch.row_stats.constants,
         )
         _column_kernel[launch.columns.grid](
             row_stats_ptr=row_stats,
@@ -233,6 +250,7 @@ def _prepare(
     cu_seqlens_k,
     seqused_k,
     block_table,
+    sinks,
     row_weights,
     *,
     max_seqlen_q: int,
@@ -247,6 +265,7 @@ def _prepare(
     """Checks and the three launches. Over 60 lines by their arguments, a line each."""
     _check(q, k, cu_seqlens_q, cu_seqlens_k, softmax_scale, threshold, seqused_k, block_table)
     _check_reductions(q, row_weights, row_reduction, group_reduction)
+    expect_sinks(sinks, q, 1)
     total_q, num_heads, d = q.shape
     num_kv_heads = k.shape[-2]
     group = num_heads // num_kv_heads
@@ -286,6 +305,7 @@ def _prepare(
         "margin": math.log(threshold) / factor,  # in units of the maxima
         "num_rows": num_rows,
         "num_splits": rows.num_splits,
+        "rows_per_head": total_q * group_padded,
         "MAX_SPLITS": MAX_SPLITS,
         "GROUP": group,
         "GROUP_PADDED": group_padded,
@@ -323,6 +343,7 @@ def _check(
         block_table=block_table,
     )
     expect_queries(q, block_table, k=k)
+    expect_starts("cu_seqlens_k", cu_seqlens_k)  # of pages too: they place the scores
     expect_per_sequence(
         cu_seqlens_q.shape[0] - 1,
         cu_seqlens_q=cu_seqlens_q,

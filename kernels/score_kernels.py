@@ -113,14 +113,20 @@ def _row_kernel(
         tl.store(partial + num_splits * num_rows, row_sum, mask=live)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_splits"], launch_metadata=profiling.score_row_stats)
+@triton.jit(
+    do_not_specialize=["num_rows", "num_splits", "rows_per_head"],
+    do_not_specialize_on_alignment=["sinks_ptr"],
+    launch_metadata=profiling.score_row_stats,
+)
 def _row_stats_kernel(
     partials_ptr,  # [2, num_splits, num_rows]: maxima of the logits, then sums
+    sinks_ptr,  # [num_heads], natural log, or None
     row_stats_ptr,  # [2, num_rows]: the least logit that passes the filter, then log2-sum-exp2
     scale_log2,
     margin,  # ln(threshold), in units of what scale_log2 is multiplied with
     num_rows,
     num_splits,
+    rows_per_head,  # total_q * GROUP_PADDED, of a KV head
     MAX_SPLITS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
@@ -141,6 +147,12 @@ def _row_stats_kernel(
     # A row that sees no key, or pads its group: +inf makes its probabilities 0 and passes none.
     bound = tl.where(sees_none, float("inf"), row_max + margin)
     lse = shift * scale_log2 + tl.log2(tl.where(sees_none, 1.0, total))
+    if sinks_ptr is not None:
+        heads = rows // rows_per_head * GROUP + rows % GROUP_PADDED
+        sinks = tl.load(sinks_ptr + heads, mask=live, other=-float("inf")).to(tl.float32)
+        sinks *= 1.4426950408889634
+        top = tl.maximum(lse, sinks)  # of rows that see keys: finite
+        lse = top + tl.log2(tl.exp2(lse - top) + tl.exp2(sinks - top))
     lse = tl.where(sees_none, float("inf"), lse)
     tl.store(row_stats_ptr + rows, bound, mask=rows < num_rows)
     tl.store(row_stats_ptr + num_rows + rows, lse, mask=rows < num_rows)

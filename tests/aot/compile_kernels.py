@@ -164,9 +164,10 @@ def call_host_functions(case: Case) -> None:
     starts = ints(num_seqs + 1)
     used = {"seqused_k": ints(num_seqs)} if case.paged else {}
     maxima = dict(row_reduction="max", group_reduction="max")
-    for rows, options in ((50, {}), (1, {}), (1, maxima)):  # blocks of 128 and of 64 query rows
+    sinks = dict(sinks=floats(NUM_HEADS))
+    for rows, options in ((50, {}), (1, sinks), (1, maxima)):  # blocks of 128 and of 64 query rows
         q = floats(num_seqs * rows, NUM_HEADS, d)
-        if options:
+        if options is maxima:
             options = options | dict(row_weights=torch.empty(len(q), device="meta"))
         score.post_vision_stats(q, k, starts, starts, rows, length, **used, **pages, **options)
 
@@ -202,14 +203,15 @@ def call_host_functions(case: Case) -> None:
         row = floats(num_segments, num_rows, 1, d)
         append.append_kv(row, row, pool_k, pool_v, starts, used, **pool_pages)
     bias = torch.empty(num_segments, device="meta")
-    # Split and direct, both with and without a bias; and the largest blocks of rows, with the left
-    # bound of a window.
-    for longest, rows, window, first_key_bias in (
-        (length, 1, -1, None),
-        (length, 1, -1, bias),
-        (1, 1, -1, None),
-        (1, 1, -1, bias),
-        (length, 16, 1024, None),
+    both = dict(first_key_bias=bias, sinks=floats(NUM_KV_HEADS, group))
+    # Split and direct, both with and without a bias and sinks; and the largest blocks of rows, with
+    # the left bound of a window.
+    for longest, rows, window, options in (
+        (length, 1, -1, {}),
+        (length, 1, -1, both),
+        (1, 1, -1, {}),
+        (1, 1, -1, both),
+        (length, 16, 1024, {}),
     ):
         q = floats(num_segments * rows, group, d)
         decode.varlen_decode(
@@ -217,7 +219,7 @@ def call_host_functions(case: Case) -> None:
             causal=True,
             window_size=(window, -1),
             seqused_k=used,
-            first_key_bias=first_key_bias,
+            **options,
             **pool_pages,
         )
     if schedule.IS_SUPPORTED:
@@ -225,7 +227,7 @@ def call_host_functions(case: Case) -> None:
         facts = (q, pool_k, pool_v, starts[None], 1, length)
         table = schedule.decode_schedule(*facts, seqused_k=used[None], num_new=1, **pool_pages)
         step = (q, pool_k, pool_v, starts, starts, 1, length)
-        where = dict(seqused_k=used, schedule=table[0], first_key_bias=bias, **pool_pages)
+        where = dict(seqused_k=used, schedule=table[0], **both, **pool_pages)
         decode.varlen_decode(*step, causal=True, **where)
     if not case.paged:  # neither knows of dtypes or pages
         scores = torch.empty(32, NUM_KV_HEADS, num_seqs * length, device="meta")
@@ -288,6 +290,8 @@ def compile_launch(index: int, target: int) -> Compiled:
     }
     if launch.arguments.get("first_key_bias_ptr") is not None:
         blocks["bias"] = True
+    if launch.arguments.get("sinks_ptr") is not None:
+        blocks["sinks"] = True
     if launch.arguments.get("layers_ptr") is not None:
         blocks["layers"] = True
     if launch.arguments.get("ROW_MAX"):

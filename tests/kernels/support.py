@@ -170,8 +170,10 @@ def plain_attention(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     first_key_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    num_splits: int = 0,
 ) -> Tensor:
-    """`[total_q, num_heads, d_v]` by plain torch in the dtype of the inputs."""
+    """`[total_q, num_heads, d_v]` by plain torch in the dtype of the inputs, in one piece."""
     scale = batch.q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     parts = [batch.q.new_empty(0, batch.q.shape[1], batch.v.shape[-1])]  # of no sequences
     for i, (q, k, v) in enumerate(sequences(batch)):
@@ -183,7 +185,14 @@ def plain_attention(
             num_kv_heads = batch.k.shape[-2]
             bias = first_key_bias[i * num_kv_heads : (i + 1) * num_kv_heads].to(logits.dtype)
             logits[:, :, :1] += bias.repeat_interleave(len(q) // num_kv_heads)[:, None, None]
-        weights = logits.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0.0)
+        logits = logits.masked_fill(hidden, -torch.inf)
+        if sinks is not None:
+            rows = sinks.view(-1, len(q)).to(logits.dtype)
+            sink = rows[i % len(rows)][:, None, None].expand(-1, q.shape[1], 1)
+            weights = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
+        else:
+            weights = logits.softmax(-1)
+        weights = weights.masked_fill(hidden, 0.0)
         parts.append((weights @ v).transpose(0, 1))
     return torch.cat(parts)
 

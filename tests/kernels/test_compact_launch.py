@@ -181,6 +181,7 @@ BAD: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "cu_seqlens_k: got no elements": (ValueError, dict(cu_seqlens_k=ints(0))),
     "cu_seqlens_k: got dtype": (ValueError, dict(cu_seqlens_k=ints(2).long())),
     "cu_seqlens_k: got strides": (ValueError, dict(cu_seqlens_k=ints(4)[::2])),
+    "cu_seqlens_k: got None": (ValueError, dict(cu_seqlens_k=None)),
     "cu_kept: got shape .2,": (ValueError, dict(cu_kept=ints(2))),
     "cu_kept: got dtype": (ValueError, dict(cu_kept=ints(3).long())),
     "cu_kept: got strides": (ValueError, dict(cu_kept=ints(6)[::2])),
@@ -206,6 +207,7 @@ BAD_OUT: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "out_v: got device meta": (ValueError, dict(out_v=half(50, 1, 64, device="meta"))),
     "cu_seqlens_out: got shape": (ValueError, dict(cu_seqlens_out=ints(2))),
     "cu_seqlens_out: got dtype": (ValueError, dict(cu_seqlens_out=ints(3).long())),
+    "cu_seqlens_out: got None": (ValueError, dict(cu_seqlens_out=None)),
     "out_block_table: got shape .1, 9": (
         ValueError,
         dict(out_block_table=ints(1, 9), out_paged=True),
@@ -227,7 +229,9 @@ def refused(device: torch.device, change: dict[str, Any]) -> dict[str, Any]:
         arguments |= dict(k=case.k[:, None], v=case.v[:, None])
     if change.pop("out_paged", False):
         target |= dict(out_k=out[0][:, None], out_v=out[1][:, None])
-    moved = {k: x if x.device.type == "meta" else x.to(device) for k, x in change.items()}
+    moved = {
+        k: x if x is None or x.device.type == "meta" else x.to(device) for k, x in change.items()
+    }
     return arguments | target | moved
 
 

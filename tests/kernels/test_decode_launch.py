@@ -124,6 +124,18 @@ def test_shared_memory_fits_small_gpus(d: int, itemsize: int) -> None:
         assert values * itemsize <= 99 * 1024
 
 
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("num_splits", [1, 2, 7, 1000])
+def test_a_number_of_splits_is_kept_to(n: int, num_splits: int) -> None:
+    """Whatever the heuristic would do; fewer only where blocks of keys do not go round."""
+    x = decode_launch(128, 2, 4, 8, 64, 16, n, H100, num_splits)
+    assert 1 <= x.num_splits <= num_splits
+    assert (x.num_splits - 1) * x.split_size < max(n, 1) <= x.num_splits * x.split_size
+    blocks = -(-n // x.BLOCK_N)
+    assert x.num_splits == max(-(-blocks // -(-max(blocks, 1) // num_splits)), 1)
+    assert x[:6] == decode_launch(128, 2, 4, 8, 64, 16, n, H100)[:6]
+
+
 def test_nothing_to_do_is_a_launch_too() -> None:
     assert launch(0, n_q=0).num_row_blocks == 0
     assert launch(0, seqs=0).num_splits == 1
@@ -138,6 +150,8 @@ def test_workspace_holds_a_row_and_its_lse_a_split(device: torch.device) -> None
     assert x.num_splits > 1
     assert workspace.dtype == torch.float32
     assert decode_workspace(batch.q, batch.v, 2, 3, 30).numel() == 0
+    assert decode_workspace(batch.q, batch.v, 2, 3, 2000, num_splits=1).numel() == 0
+    assert decode_workspace(batch.q, batch.v, 2, 3, 2000, num_splits=7).numel() == 7 * 16 * 49
 
 
 @pytest.fixture
@@ -172,12 +186,14 @@ def test_the_host_reads_and_allocates_nothing(
     q, k, v, new = empty(5, 8, 64), empty(*rows, 2, 64), empty(*rows, 2, 64), empty(5, 1, 2, 64)
     table = None if page_size is None else ints(5, 10)
     workspace, starts, used = decode_workspace(q, v, 5, 1, 2000), ints(6), ints(5)
+    starts_k, sinks = (starts if page_size is None else None), empty(8)
     with Operators() as operators:
-        append_kv(new, new, k, v, starts, used, block_table=table)
+        append_kv(new, new, k, v, starts_k, used, block_table=table)
         out = varlen_decode(
-            *(q, k, v, starts, starts, 1, 2000),
+            *(q, k, v, starts, starts_k, 1, 2000),
             seqused_k=used,
             block_table=table,
+            sinks=sinks,
             out=q,
             workspace=workspace,
         )
@@ -186,6 +202,7 @@ def test_the_host_reads_and_allocates_nothing(
     assert recorders["_append_kernel"].grids == [(5,)]
     assert recorders["_split_kernel"].grids == [(5 * 2, 2)]
     assert recorders["_combine_splits_kernel"].grids == [(5 * 8, 1)]
+    assert recorders["_split_kernel"].arguments[0]["sinks_ptr"] is None  # once, not in every split
 
 
 HALF = torch.float16
@@ -230,6 +247,26 @@ BAD: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "window_size: got .9, -1., expected no left bound": (
         ValueError,
         dict(first_key_bias=torch.zeros(2), window_size=(9, -1)),
+    ),
+    "sinks: got dtype": (NotImplementedError, dict(sinks=torch.zeros(4).int())),
+    "sinks: got shape .3,": (ValueError, dict(sinks=torch.zeros(3))),
+    "sinks: got shape .1, 1, 4": (ValueError, dict(sinks=torch.zeros(1, 1, 4))),
+    "sinks: got shape .2, 4": (ValueError, dict(sinks=torch.zeros(2, 4))),
+    "sinks: got shape .0, 4": (ValueError, dict(sinks=torch.zeros(0, 4))),
+    "sinks: got stride 2": (ValueError, dict(sinks=torch.zeros(8)[::2])),
+    "sinks: got device meta": (ValueError, dict(sinks=torch.zeros(4, device="meta"))),
+    "num_splits: got -1": (ValueError, dict(num_splits=-1)),
+    "num_splits: got 2, expected 0 together with": (
+        ValueError,
+        dict(num_splits=2, schedule=torch.zeros(9).int()),
+    ),
+    "cu_seqlens_k: got None, expected starts, or block_table and seqused_k": (
+        ValueError,
+        dict(cu_seqlens_k=None, seqused_k=torch.tensor([1]).int()),
+    ),
+    "cu_seqlens_k: got None, expected starts, or": (
+        ValueError,
+        dict(cu_seqlens_k=None, block_table=torch.zeros(1, 9).int(), paged=True),
     ),
     "seqused_k: got shape": (ValueError, dict(seqused_k=torch.tensor([1, 2]).int())),
     "seqused_k: got dtype": (ValueError, dict(seqused_k=torch.tensor([1]))),
@@ -297,6 +334,7 @@ BAD_APPEND: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "v_cache: got dtype": (ValueError, dict(v_cache=torch.zeros(9, 2, 64).bfloat16())),
     "cu_seqlens_k: got shape": (ValueError, dict(cu_seqlens_k=cumulative([4, 5]))),
     "cu_seqlens_k: got dtype": (ValueError, dict(cu_seqlens_k=torch.tensor([0, 9]))),
+    "cu_seqlens_k: got None": (ValueError, dict(cu_seqlens_k=None)),
     "seqused_k: got shape": (ValueError, dict(seqused_k=torch.zeros(2).int())),
     "seqused_k: got dtype": (ValueError, dict(seqused_k=torch.zeros(1).long())),
     "block_table: got shape": (ValueError, dict(block_table=torch.zeros(2, 9).int(), paged=True)),

@@ -96,6 +96,32 @@ def test_opcheck(name, page_size):
     torch.library.opcheck(registered(name), args, options)
 
 
+OPTIONAL = ["compact_kv", "compact_kv_", "sum_evicted", "store_means", "varlen_decode", "append_kv"]
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_opcheck_of_pages_without_starts(name):
+    """Positional arguments that may be None, and what takes their place."""
+    args, options = arguments(name, 4)
+    names = list(inspect.signature(getattr(reference, name)).parameters)
+    bare = [
+        None if n.startswith(("cu_seqlens_k", "cu_seqlens_out")) else x
+        for n, x in zip(names, args, strict=False)
+    ]
+    if name in ("compact_kv", "store_means"):  # whose pools are packed there
+        out = [x.view(9, 4, 1, -1) for x in args[names.index("out_k") : names.index("out_k") + 2]]
+        bare[names.index("out_k") : names.index("out_k") + 2] = out
+        options = options | {"out_block_table": torch.arange(12, dtype=torch.int32).view(6, 2) % 9}
+    torch.library.opcheck(registered(name), tuple(bare), options)
+
+
+@pytest.mark.parametrize("name", ["varlen_decode", "post_vision_stats"])
+def test_opcheck_with_sinks(name):
+    args, options = arguments(name, 4)
+    more = {"num_splits": 2} if name == "varlen_decode" else {}
+    torch.library.opcheck(registered(name), args, {**options, "sinks": torch.ones(4), **more})
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_schema_is_the_reference_s_signature(name):
     """But for what a graph has no use for: where to write, and whether to give a second result."""
