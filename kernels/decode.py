@@ -206,6 +206,8 @@ def varlen_decode(
     Raises:
         ValueError: an argument that does not fit the others, by name.
         NotImplementedError: a dtype, head size or query length that is not supported.
+
+    Over 60 lines by the arguments of four launches, a line each.
     """
     launch = _prepare(
         q,

@@ -203,6 +203,13 @@ def attend_rows(
 
 
 @triton.jit
+def load_sinks(sinks_ptr, seq, heads, sink_rows, num_heads):
+    """Sinks of some heads of a sequence, log2."""
+    sinks = tl.load(sinks_ptr + seq % sink_rows * num_heads + heads)
+    return sinks.to(tl.float32) * 1.4426950408889634
+
+
+@triton.jit
 def _beside_sink(lse, sink):
     """What the keys have of a softmax that has a sink too, and the log2-sum-exp2 of all; both
     arguments are logarithms to base 2."""
@@ -219,7 +226,7 @@ def _beside_sink(lse, sink):
 def store_result(
     out_ptr,  # [total_q, num_heads, d_v]
     lse_ptr,  # [num_heads, total_q], natural log, or None
-    sinks_ptr,  # at the sequence's, [num_heads], natural log, or None
+    sinks,  # log2, or None
     result,
     lse,  # log2
     row_offset,
@@ -232,8 +239,7 @@ def store_result(
     D_V: tl.constexpr,
 ):
     """Rows that are ready but for their sinks, where the caller wants them."""
-    if sinks_ptr is not None:
-        sinks = tl.load(sinks_ptr + heads).to(tl.float32) * 1.4426950408889634
+    if sinks is not None:
         share, lse = _beside_sink(lse, sinks)
         result *= share[:, None]
     at_out = row_offset * stride_out_row + heads * stride_out_head
@@ -366,10 +372,13 @@ def _split_kernel(
         live_rows = tokens < n_q
         row_offset = (start_q + tokens).to(tl.int64)
         if DIRECT:
+            sinks = None
+            if sinks_ptr is not None:
+                sinks = load_sinks(sinks_ptr, seq, heads, sink_rows, num_heads)
             store_result(
                 out_ptr,
                 lse_ptr,
-                None if sinks_ptr is None else sinks_ptr + seq % sink_rows * num_heads,
+                sinks,
                 result,
                 lse,
                 row_offset,
@@ -424,15 +433,14 @@ def combine_row(
 def store_row(
     out_ptr,  # at the row
     lse_ptr,  # at the row, natural log, or None
-    sink_ptr,  # the row's, natural log, or None
+    sink,  # log2, or None
     result,
     lse,  # log2
     HEAD_SIZE_V: tl.constexpr,
     D_V: tl.constexpr,
 ):
     """One row that is ready but for its sink."""
-    if sink_ptr is not None:
-        sink = tl.load(sink_ptr).to(tl.float32) * 1.4426950408889634
+    if sink is not None:
         share, lse = _beside_sink(lse, sink)
         result *= share
     dims = tl.arange(0, D_V)
@@ -474,6 +482,9 @@ def _combine_splits_kernel(
     if token < tl.load(cu_seqlens_q_ptr + seq + 1) - start_q:
         n_k = live_keys(seq, cu_seqlens_k_ptr, seqused_k_ptr, max_keys, PAGED)
         num_splits = tl.cdiv(n_k, split_size)
+        sink = None
+        if sinks_ptr is not None:
+            sink = load_sinks(sinks_ptr, seq, head, sink_rows, num_heads)
         q_row = (start_q + token).to(tl.int64)
         result, lse = combine_row(
             partial_out_ptr,
@@ -489,7 +500,4 @@ def _combine_splits_kernel(
         if lse_ptr is not None:
             at_lse += head * (num_rows // num_heads) + q_row
         at_out = out_ptr + q_row * stride_out_row + head * stride_out_head
-        at_sink = sinks_ptr
-        if sinks_ptr is not None:
-            at_sink += seq % sink_rows * num_heads + head
-        store_row(at_out, at_lse, at_sink, result, lse, HEAD_SIZE_V, D_V)
+        store_row(at_out, at_lse, sink, result, lse, HEAD_SIZE_V, D_V)

@@ -19,6 +19,7 @@ from .decode_kernels import (
     attend_rows,
     combine_row,
     live_keys,
+    load_sinks,
     store_result,
     store_row,
 )
@@ -244,18 +245,19 @@ def _scheduled_kernel(
                 BLOCK_N,
             )
             rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
-            tokens = rows // GROUP
+            tokens, heads = rows // GROUP, head * GROUP + rows % GROUP
             if (begin == seq_begin) & (end == seq_end):
+                sinks = None
+                if sinks_ptr is not None:
+                    sinks = load_sinks(sinks_ptr, seq, heads, sink_rows, num_kv_heads * GROUP)
                 store_result(
                     out_ptr,
                     lse_ptr,
-                    None
-                    if sinks_ptr is None
-                    else sinks_ptr + seq % sink_rows * num_kv_heads * GROUP,
+                    sinks,
                     result,
                     lse,
                     (start_q + tokens).to(tl.int64),
-                    head * GROUP + rows % GROUP,
+                    heads,
                     tokens < n_q,
                     total_q,
                     stride_out_row,
@@ -317,6 +319,9 @@ def _combine_pieces_kernel(
     start_q = tl.load(cu_seqlens_q_ptr + seq)
     if (num_pieces != 1) & (token < tl.load(cu_seqlens_q_ptr + seq + 1) - start_q):
         row = (first + seq) * num_kv_heads + head // GROUP
+        sink = None
+        if sinks_ptr is not None:
+            sink = load_sinks(sinks_ptr, seq, head, sink_rows, num_heads)
         result, lse = combine_row(
             partial_out_ptr,
             partial_lse_ptr,
@@ -332,7 +337,4 @@ def _combine_pieces_kernel(
         if lse_ptr is not None:
             at_lse += head * total_q + q_row
         at_out = out_ptr + q_row * stride_out_row + head * stride_out_head
-        at_sink = sinks_ptr
-        if sinks_ptr is not None:
-            at_sink += seq % sink_rows * num_heads + head
-        store_row(at_out, at_lse, at_sink, result, lse, HEAD_SIZE_V, D_V)
+        store_row(at_out, at_lse, sink, result, lse, HEAD_SIZE_V, D_V)
