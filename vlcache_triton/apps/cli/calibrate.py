@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .console import UserError, one_line, print_json, progress
-from .eval import DataOption, LongestOption, PagesOption, checked_suites
+from .console import UserError, count, files, print_json, progress
+from .eval import SUITE_NAMES, DataOption, LongestOption, PagesOption
 from .options import (
     DeviceOption,
     Dtype,
@@ -22,6 +22,7 @@ from .options import (
     Preset,
     PresetOption,
     checked_config,
+    checked_names,
 )
 
 if TYPE_CHECKING:
@@ -65,49 +66,33 @@ def calibrate(
         raise UserError("data: got none, expected questions for a model of your own (--data)")
     if data is not None and suite:
         raise UserError("suite: got one with --data, expected it without")
-    suites = checked_suites(suite or CALIBRATION_SUITES)
+    suites = checked_names("suite", suite or CALIBRATION_SUITES, SUITE_NAMES)
     config = checked_config(SHOWN_BUDGET, preset, policy)
-    import torch
-
     from vlcache_triton.apps.evaluation import Variant
     from vlcache_triton.apps.evaluation.calibrate import calibrate as measure
 
-    from .questions import form_questions, own_items, own_questions
-    from .vlm import VisionLanguageModel
+    from .questions import own_items, questions_of
+    from .vlm import VisionLanguageModel, refusals
 
     items = [] if data is None else own_items(data, max_new_tokens)
     vlm = VisionLanguageModel(model, device=device, dtype=dtype.value)
-    if data is None:
-        torch.set_num_threads(1)  # so small a model only waits for further threads
-        questions = list(form_questions(vlm, suites, pages, SPLIT))
-        about = f"{_count(pages, 'synthetic form')} of each of {', '.join(map(repr, suites))}"
-    else:
-        questions = list(own_questions(vlm, items))
-        about = f"{_count(len(items), 'question')} of {data.name}"
+    questions = questions_of(vlm, items, suites, pages, SPLIT)
+    about = f"{count(pages, 'synthetic form')} of each of {', '.join(map(repr, suites))}"
+    if data is not None:
+        about = f"{count(len(items), 'question')} of {data.name}"
     ranked_by = policy.value if preset is Preset.paper else preset.value
     variant = Variant(ranked_by, config, policy.load())
     asked = (question.load() for question in questions)
     queries = ((query, item.max_new_tokens) for item, query in asked)
-    with progress("calibrating", len(questions)) as steps:
-        try:
-            profile = measure(
-                vlm.model, queries, variant, about, advance=lambda: steps.advance(steps.task_ids[0])
-            )
-        except (ValueError, NotImplementedError, torch.OutOfMemoryError) as error:
-            raise UserError(one_line(str(error))) from error
-    try:
+    with progress("calibrating", len(questions)) as advance, refusals():
+        profile = measure(vlm.model, queries, variant, about, advance=advance)
+    with files("out", "write", out):
         profile.write(out)
-    except OSError as error:
-        raise UserError(f"out: cannot write {str(out)!r}: {error.strerror or error}") from error
     if json:
         print_json(profile.to_dict())
     else:
         _print(profile)
         print(f"Written to {out}")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _print(profile: HeadProfile) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -20,28 +22,30 @@ class UserError(Exception):
 
 
 @contextmanager
-def progress(description: str, total: int) -> Iterator[Progress]:
-    """A bar of `total` steps on stderr that goes when done; advance it by `advance(0)`."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    console = Console(stderr=True)
-    bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
-    bar.add_task(description, total=total)
-    if not console.is_terminal:  # a bar is for a reader who waits
-        yield bar
-        return
-    with bar:
-        yield bar
+def files(option: str, verb: str, path: Path) -> Iterator[None]:
+    """What cannot be read or written is for the user to put right."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{option}: cannot {verb} {str(path)!r}: {reason}") from error
 
 
 @contextmanager
-def waiting(description: str) -> Iterator[None]:
+def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar of `total` steps on stderr that goes when done; each call of what is given is one."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    console = Console(stderr=True)
+    bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+    task = bar.add_task(description, total=total)
+    with bar if console.is_terminal else nullcontext():  # a bar is for a reader who waits
+        yield partial(bar.advance, task)
+
+
+def waiting(description: str) -> AbstractContextManager:
     """A spinner on stderr, for what takes a while and cannot be counted."""
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield
-        return
-    with console.status(description):
-        yield
+    return console.status(description) if console.is_terminal else nullcontext()
 
 
 def print_json(value: Any) -> None:
@@ -63,6 +67,11 @@ def size(num_bytes: float) -> str:
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.3g} GB"
+
+
+def count(number: int, noun: str) -> str:
+    """'1 form', '2 forms'."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def one_line(text: str, limit: int = 300) -> str:

@@ -12,7 +12,7 @@ import typer
 
 from vlcache_triton import VLCacheConfig
 
-from .console import UserError, print_json, progress, waiting
+from .console import files, print_json, progress, waiting
 from .demo_tables import print_demo
 from .options import (
     FORM_READER_BUDGETS,
@@ -30,8 +30,6 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from vlcache_triton.apps.formreader import Dialogue, Task
 
     from .vlm import Answer
@@ -97,7 +95,8 @@ def demo(
     good_at: tuple[Task, ...] = ("value", "next")
     dialogue = draw_form(f"demo-{seed}", [good_at[i % 2] for i in range(questions)], fields)
     page = render_form(dialogue.pages[0])
-    _save(page, out)
+    with files("out", "write", out):
+        page.save(out, format="PNG")
 
     vlm = VisionLanguageModel(None, device=device, dtype=dtype.value)
     ask = functools.partial(vlm.answer, policy=policy.load(), streaming=streaming)
@@ -124,13 +123,6 @@ def demo(
         print_demo(result)
 
 
-def _save(page: Image, out: Path) -> None:
-    try:
-        page.save(out, format="PNG")
-    except OSError as error:
-        raise UserError(f"out: cannot write {str(out)!r}: {error.strerror or error}") from error
-
-
 def _ask_all(
     ask: Callable[[Any, VLCacheConfig, int], Answer],
     inputs: Sequence[Any],
@@ -140,13 +132,13 @@ def _ask_all(
     from vlcache_triton.apps.formreader import MAX_ANSWER_TOKENS
 
     answers: dict[VLCacheConfig, list[Answer]] = {choice: [] for choice in choices}
-    with progress("answering", len(answers) * len(inputs)) as steps:
+    with progress("answering", len(answers) * len(inputs)) as advance:
         for prompt in inputs:
             for choice, given in answers.items():
                 if not given:  # the first call of a path pays for imports and compilation
                     ask(prompt, choice, 2)
                 given.append(ask(prompt, choice, MAX_ANSWER_TOKENS))
-                steps.advance(steps.task_ids[0])
+                advance()
     return answers
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .console import bar, size
+from .console import bar, count, size
 
 CACHES = ("full", "compressed")
 ANSWER_WIDTH = 10  # a value of eight characters, a blank and the mark
@@ -69,7 +69,7 @@ def _kept(questions: list[dict[str, Any]]) -> Table:
 
 
 def _sweep(rows: list[dict[str, Any]], num_questions: int) -> Table:
-    table = Table(title=f"Where the answers break ({_count(num_questions, 'question')})")
+    table = Table(title=f"Where the answers break ({count(num_questions, 'question')})")
     for heading in ("budget", "right", "as full", "KV cache"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("as full, to scale", no_wrap=True)
@@ -113,7 +113,3 @@ def _inspect(result: dict[str, Any]) -> str:
     preset = ["--preset", result["preset"]] if result["preset"] != "paper" else []
     what = ["--image", result["page"], "--prompt", first["question"], *share, *preset]
     return shlex.join(["vlcache", "inspect", *what, "--out", "vlcache-report"])
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -12,9 +12,9 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from .console import UserError, one_line, print_json, progress
+from .console import UserError, files, one_line, print_json, progress
 from .folder import check_folder, make_folder
-from .options import DeviceOption, Dtype, DtypeOption, JsonOption, ModelOption
+from .options import DeviceOption, Dtype, DtypeOption, JsonOption, ModelOption, checked_names
 
 if TYPE_CHECKING:
     from vlcache_triton.apps.evaluation import Cell, Comparison
@@ -94,12 +94,10 @@ def evaluate(
     read once for all policies and budgets. Finished items are kept, so a run can be cut off.
     """
     suites = _checked(model, data, suite, budget, quick)
-    import torch
-
     from vlcache_triton.apps.evaluation import BUDGETS, compare_all, run, summarise
 
-    from .questions import evaluations, form_questions, own_items, own_questions
-    from .vlm import VisionLanguageModel, about
+    from .questions import evaluations, own_items, questions_of
+    from .vlm import VisionLanguageModel, about, refusals
 
     budgets = sorted(set(budget or (QUICK_BUDGETS if quick else BUDGETS)))
     pages = min(pages, QUICK_PAGES) if quick else pages
@@ -113,18 +111,10 @@ def evaluate(
     items = [] if data is None else own_items(data, max_new_tokens)
     check_folder(out, settings, RESULTS)
     vlm = VisionLanguageModel(model, device=device, dtype=dtype.value)
-    if data is None:
-        torch.set_num_threads(1)  # so small a model only waits for further threads
-        questions = list(form_questions(vlm, suites, pages))
-    else:
-        questions = list(own_questions(vlm, items))
-    jobs = evaluations(vlm, questions, budgets, compare)
+    jobs = evaluations(vlm, questions_of(vlm, items, suites, pages), budgets, compare)
     make_folder(out, settings)
-    with progress("evaluating", len(jobs)) as steps:
-        try:
-            results = run(jobs, out / RESULTS, lambda: steps.advance(steps.task_ids[0]))
-        except (ValueError, NotImplementedError, torch.OutOfMemoryError) as error:
-            raise UserError(one_line(str(error))) from error
+    with progress("evaluating", len(jobs)) as advance, refusals():
+        results = run(jobs, out / RESULTS, advance)
     summary = _write(out, summarise(results), about(vlm.name, vlm.device))
     if json:
         print_json(summary)
@@ -145,18 +135,10 @@ def _checked(
         raise UserError("data: got none, expected questions for a model of your own (--data)")
     if data is not None and (suite or quick):
         raise UserError("suite, quick: got one with --data, expected it without")
-    suites = checked_suites(suite or (QUICK_SUITES if quick else SUITE_NAMES))
+    suites = checked_names("suite", suite or (QUICK_SUITES if quick else None), SUITE_NAMES)
     if budget and not all(0 < b <= 1 for b in budget):
         raise UserError(f"budget: got {budget}, expected shares in (0, 1]")
     return suites
-
-
-def checked_suites(names: Sequence[str]) -> Sequence[str]:
-    """The names, if there are suites of them."""
-    for name in names:
-        if name not in SUITE_NAMES:
-            raise UserError(f"suite: got {name!r}, expected one of {SUITE_NAMES}")
-    return names
 
 
 def _with_and_without(path: Path) -> Comparison:
@@ -165,10 +147,8 @@ def _with_and_without(path: Path) -> Comparison:
     from vlcache_triton.recipe.profile import read_profile
 
     try:
-        return functools.partial(with_profile, read_profile(path))
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"profile: cannot read {str(path)!r}: {reason}") from error
+        with files("profile", "read", path):
+            return functools.partial(with_profile, read_profile(path))
     except ValueError as error:
         raise UserError(one_line(str(error))) from error
 

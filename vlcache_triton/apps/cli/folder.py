@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .console import UserError
+from .console import UserError, files
 
 SETTINGS = "settings.json"
 
@@ -21,11 +21,10 @@ def check_folder(out: Path, settings: dict[str, Any], results: str) -> None:
         UserError: for results of other settings, and where the folder cannot be read.
     """
     try:
-        if not any(x.stat().st_size for x in out.glob(results) if x.name != SETTINGS):
-            return
-        found = json.loads((out / SETTINGS).read_text())
-    except OSError as error:
-        raise UserError(f"out: cannot read {str(out)!r}: {error.strerror or error}") from error
+        with files("out", "read", out):
+            if not any(x.stat().st_size for x in out.glob(results) if x.name != SETTINGS):
+                return
+            found = json.loads((out / SETTINGS).read_text())
     except ValueError as error:
         raise UserError(f"out: {str(out / SETTINGS)!r} holds no JSON: {error}") from error
     if found != settings:
@@ -34,8 +33,6 @@ def check_folder(out: Path, settings: dict[str, Any], results: str) -> None:
 
 def make_folder(out: Path, settings: dict[str, Any]) -> None:
     """Make the folder, and say in it what its results will be of."""
-    try:
+    with files("out", "write", out):
         out.mkdir(parents=True, exist_ok=True)
         (out / SETTINGS).write_text(json.dumps(settings) + "\n")
-    except OSError as error:
-        raise UserError(f"out: cannot write {str(out)!r}: {error.strerror or error}") from error

@@ -56,9 +56,9 @@ def generate(
     images = open_images(image)
     vlm = VisionLanguageModel(model, device=device, dtype=dtype.value)
     inputs = vlm.encode(images, prompt)
-    with progress("generating", max_new_tokens) as steps:
+    with progress("generating", max_new_tokens) as advance:
         answer = vlm.answer(
-            inputs, config, max_new_tokens, steps, policy=policy.load(), streaming=streaming
+            inputs, config, max_new_tokens, advance, policy=policy.load(), streaming=streaming
         )
     prompt_tokens = int(inputs["input_ids"].shape[1])
     full_bytes = answer.report.bytes_before if answer.report else answer.kv_bytes

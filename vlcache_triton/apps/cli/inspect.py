@@ -12,7 +12,7 @@ from rich.table import Table
 
 from vlcache_triton import VLCacheConfig
 
-from .console import UserError, bar, print_json, size, waiting
+from .console import UserError, bar, files, print_json, size, waiting
 from .options import (
     BudgetOption,
     DeviceOption,
@@ -134,11 +134,8 @@ def _draw(
         print(f"no pictures of the image: {error}", file=sys.stderr)
         grids = []
     scores = torch.stack([x.post_vision.scores for x in stats])
-    with waiting("drawing"):
-        try:
-            return report, draw_report(out, images, grids, plan, scores, report.layers)
-        except OSError as error:
-            raise UserError(f"out: cannot write to {str(out)!r}: {error.strerror}") from error
+    with waiting("drawing"), files("out", "write to", out):
+        return report, draw_report(out, images, grids, plan, scores, report.layers)
 
 
 def _print(report: CompressionReport) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -119,6 +120,18 @@ StreamingOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+def checked_names(option: str, chosen: Sequence[str] | None, known: Sequence[str]) -> Sequence[str]:
+    """What is chosen, if it is known; without a choice, all that is.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for name in chosen or ():
+        if name not in known:
+            raise UserError(f"{option}: got {name!r}, expected one of {tuple(known)}")
+    return chosen or known
 
 
 def checked_config(

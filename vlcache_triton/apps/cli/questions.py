@@ -39,8 +39,23 @@ class Question:
     load: Callable[[], tuple[Item, Query]]
 
 
+def questions_of(
+    vlm: VisionLanguageModel,
+    items: Sequence[Item],
+    suites: Sequence[str],
+    pages: int,
+    split: str = "test",
+) -> list[Question]:
+    """A user's items where there are any, else synthetic forms, which any model can be shown."""
+    if vlm.is_embedded:
+        torch.set_num_threads(1)  # so small a model only waits for further threads
+    if items:
+        return list(own_questions(vlm, items))
+    return list(form_questions(vlm, suites, pages, split))
+
+
 def form_questions(
-    vlm: VisionLanguageModel, suites: Sequence[str], pages: int, split: str = "test"
+    vlm: VisionLanguageModel, suites: Sequence[str], pages: int, split: str
 ) -> Iterator[Question]:
     """Suites in turn, page by page, so that a run that is cut off has of each; another split is
     another set of pages."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +12,7 @@ from rich.markdown import Markdown
 from .console import UserError, print_json
 from .eval import SUITE_NAMES, BudgetsOption, DataOption, LongestOption, OutOption, SuitesOption
 from .folder import check_folder, make_folder
-from .options import DeviceOption, Dtype, DtypeOption, JsonOption, ModelOption
+from .options import DeviceOption, Dtype, DtypeOption, JsonOption, ModelOption, checked_names
 
 # The names of reproduce_parts.PARTS, and below of vlcache_triton.apps.reproduce.TASKS, which take
 # torch to import.
@@ -93,8 +92,8 @@ def reproduce(
     DocVQA and MathVista through lmms-eval, or yours with --data (see vlcache eval); the embedded
     model is asked about synthetic forms. What is finished is kept, so a run can be cut off.
     """
-    parts = _checked(part, PART_NAMES, "part")
-    suites = _checked(suite, SUITE_NAMES, "suite")
+    parts = checked_names("part", part, PART_NAMES)
+    suites = checked_names("suite", suite, SUITE_NAMES)
     budgets = sorted(set(budget or BUDGETS))
     if not all(0 < b < 1 for b in budgets):
         raise UserError(f"budget: got {budgets}, expected shares in (0, 1)")
@@ -126,10 +125,3 @@ def reproduce(
         return
     Console().print(Markdown(page))
     print(f"Written to {out}: report.md, figures, and a JSON file for each part")
-
-
-def _checked(chosen: Sequence[str] | None, known: Sequence[str], name: str) -> Sequence[str]:
-    for each in chosen or ():
-        if each not in known:
-            raise UserError(f"{name}: got {each!r}, expected one of {tuple(known)}")
-    return chosen or known

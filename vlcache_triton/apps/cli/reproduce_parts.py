@@ -23,9 +23,9 @@ from vlcache_triton.apps.reproduce import (
     scores_of,
 )
 
-from .console import UserError, one_line, progress
-from .questions import Question, evaluations, form_questions, own_questions
-from .vlm import VisionLanguageModel
+from .console import one_line, progress
+from .questions import Question, evaluations, questions_of
+from .vlm import VisionLanguageModel, refusals
 
 CHOICES_BUDGET = 0.1  # of the ablation and of latency, where it is among the budgets
 
@@ -82,16 +82,12 @@ class Plan:
     @functools.cached_property
     def vlm(self) -> VisionLanguageModel:
         """In this process; lmms-eval's processes, which come first, load their own."""
-        if self.model is None:
-            torch.set_num_threads(1)  # so small a model only waits for further threads
         return VisionLanguageModel(self.model, device=self.device, dtype=self.dtype)
 
     @functools.cached_property
     def questions(self) -> list[Question]:
         """The user's, or synthetic forms, which any model can be shown."""
-        if self.items:
-            return list(own_questions(self.vlm, self.items[: self.limit]))
-        return list(form_questions(self.vlm, self.suites, self.limit))
+        return questions_of(self.vlm, self.items[: self.limit], self.suites, self.limit)
 
 
 def accuracy(plan: Plan) -> list[Score]:
@@ -116,13 +112,8 @@ def _of_items(
 ) -> list[dict[str, Any]]:
     """By our own evaluation: one prefill an item."""
     jobs = evaluations(plan.vlm, plan.questions, budgets, compare)
-    with progress(name, len(jobs)) as steps:
-        try:
-            results = run(
-                jobs, plan.out / f"{name}.jsonl", lambda: steps.advance(steps.task_ids[0])
-            )
-        except (ValueError, NotImplementedError, torch.OutOfMemoryError) as error:
-            raise UserError(one_line(str(error))) from error
+    with progress(name, len(jobs)) as advance, refusals():
+        results = run(jobs, plan.out / f"{name}.jsonl", advance)
     return [score._asdict() for score in scores_of(results)]
 
 
@@ -136,7 +127,7 @@ def _through_lmms(plan: Plan, name: str, budgets: list[float], compare: Comparis
     jobs = list(lmms_jobs(plan.model, plan.tasks, budgets, compare, plan.limit, folder, options))
     scores = []
     lost: set[str] = set()
-    with progress(name, len(jobs)) as steps:
+    with progress(name, len(jobs)) as advance:
         for task, variant, budget, run in jobs:
             if task not in lost:
                 try:
@@ -146,7 +137,7 @@ def _through_lmms(plan: Plan, name: str, budgets: list[float], compare: Comparis
                     plan.failed.append(f"{what}: {one_line(str(error))}")
                     if budget == 1.0:
                         lost.add(task)
-            steps.advance(steps.task_ids[0])
+            advance()
     return scores
 
 
@@ -156,31 +147,28 @@ def sparsity(plan: Plan) -> dict[str, list[list[float]]]:
 
 
 def _sparsity(plan: Plan) -> dict[str, list[list[float]]]:
-    with progress("sparsity", len(plan.questions)) as steps:
+    with progress("sparsity", len(plan.questions)) as advance, refusals():
 
         def prompts() -> Iterator[Any]:
             for question in plan.questions:
                 item, query = question.load()
                 yield query, item.max_new_tokens
-                steps.advance(steps.task_ids[0])
+                advance()
 
-        try:
-            return measure_sparsity(plan.vlm.model, prompts())
-        except (ValueError, NotImplementedError) as error:
-            raise UserError(one_line(str(error))) from error
+        return measure_sparsity(plan.vlm.model, prompts())
 
 
 def latency(plan: Plan) -> list[dict[str, Any]]:
     """A part for each shape, for each takes a while; a shape that does not fit is noted."""
     rows = []
-    with progress("latency", len(plan.shapes)) as steps:
+    with progress("latency", len(plan.shapes)) as advance:
         for batch, length in plan.shapes:
             measure = functools.partial(_latency, plan, batch, length)
             try:
                 rows += plan.done.get(f"latency/{batch}x{length}", measure)
             except (ValueError, NotImplementedError, torch.OutOfMemoryError) as error:
                 plan.failed.append(f"latency, {batch} x {length}: {one_line(str(error))}")
-            steps.advance(steps.task_ids[0])
+            advance()
     return rows
 
 

@@ -6,16 +6,17 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 from PIL import Image
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from vlcache_triton import VLCacheConfig
@@ -29,9 +30,6 @@ from vlcache_triton.recipe.report import CompressionReport
 
 from .console import UserError, one_line
 from .hub import check_exists
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 EMBEDDED = "form-reader"
 
@@ -72,10 +70,10 @@ class VisionLanguageModel:
     def __init__(
         self, source: str | None, *, device: str | None = None, dtype: str = "auto"
     ) -> None:
-        self.name = source or EMBEDDED
+        self.name, self.is_embedded = source or EMBEDDED, source is None
         self.device = choose_device(device)
         logging.set_verbosity_error()
-        if source is None or not sys.stderr.isatty():
+        if self.is_embedded or not sys.stderr.isatty():
             logging.disable_progress_bar()
         if source is None:
             self.model: Any
@@ -101,24 +99,23 @@ class VisionLanguageModel:
         inputs: Any,
         config: VLCacheConfig,
         max_new_tokens: int,
-        progress: Progress | None = None,
+        advance: Callable[[], None] | None = None,
         *,
         policy: Policy = VL_CACHE,
         streaming: bool = False,
     ) -> Answer:
-        """Decode greedily from a cache compressed as `config` and `policy` say, advancing
-        `progress` by token.
+        """Decode greedily from a cache compressed as `config` and `policy` say, calling `advance`
+        at each token.
 
         A lossless choice is the stock model with its stock cache.
         """
-        streamer = None if progress is None else _Ticks(progress)
         arguments = {
             **inputs,
             "max_new_tokens": max_new_tokens,
             "do_sample": False,
             "num_beams": 1,
             "return_dict_in_generate": True,
-            "streamer": streamer,
+            "streamer": None if advance is None else _Ticks(advance),
         }
         report = None
         started = self._now()
@@ -203,16 +200,15 @@ def refusals() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-class _Ticks:
-    """A streamer that advances a progress bar by one at each generated token."""
+class _Ticks(BaseStreamer):
+    """A streamer that calls `advance` at each generated token."""
 
-    def __init__(self, progress: Progress) -> None:
-        self.progress, self.prompt_seen = progress, False
+    def __init__(self, advance: Callable[[], None]) -> None:
+        self.advance = advance
 
-    def put(self, value: Any) -> None:
-        if self.prompt_seen:
-            self.progress.advance(self.progress.task_ids[0])
-        self.prompt_seen = True
+    def put(self, value: torch.Tensor) -> None:
+        if value.ndim == 1:  # the prompt, which comes first, is a batch
+            self.advance()
 
     def end(self) -> None:
         pass
