@@ -19,10 +19,18 @@ from typing import Any
 import torch
 
 from vlcache_triton import VLCacheConfig
-from vlcache_triton.apps.evaluation import SUITES, Item, Query, Variant, encode_form, form_item
-from vlcache_triton.apps.evaluation.decode import compressed_answers, full_answer, prefill
+from vlcache_triton.apps.evaluation import (
+    SUITES,
+    Item,
+    Query,
+    Recording,
+    Variant,
+    encode_form,
+    form_item,
+)
+from vlcache_triton.apps.evaluation.decode import compressed_answers, full_answer
 from vlcache_triton.apps.evaluation.metrics import exact_match, wilson_interval
-from vlcache_triton.apps.evaluation.run import end_tokens, read_results
+from vlcache_triton.apps.evaluation.run import read_results
 from vlcache_triton.apps.formreader import load_form_reader
 from vlcache_triton.integrations.transformers import vl_cache
 from vlcache_triton.recipe.policies import (
@@ -82,20 +90,17 @@ def answered(
     model: Any, processor: Any, item: Item, query: Query, variants: Sequence[Variant]
 ) -> dict[str, bool] | None:
     """Which variants answer right; None where the full cache does not."""
-    eos, most = end_tokens(model), item.max_new_tokens
 
     def is_right(tokens: list[int]) -> bool:
         text = processor.decode(tokens, skip_special_tokens=True).strip()
         return bool(exact_match(text, item.answers))
 
     with vl_cache(model, VLCacheConfig(budget=1.0), cuda_graph=False):
-        recording, logits = prefill(model, query, most)
-        tokens, attention = full_answer(model, recording, logits, query, most, eos)
+        recording = Recording(model, query, item.max_new_tokens)
+        tokens, attention = full_answer(recording)
         if not is_right(tokens):
             return None
-        replies = compressed_answers(
-            model, recording, logits, query, variants, attention, most, eos
-        )
+        replies = compressed_answers(recording, variants, attention)
     return {
         f"{v.config.budget}|{v.name}": is_right(reply.tokens)
         for v, reply in zip(variants, replies, strict=True)

@@ -8,6 +8,7 @@ import torch
 from vlcache_triton import VLCacheConfig
 from vlcache_triton.apps.evaluation import (
     SUITES,
+    Recording,
     Variant,
     compare_all,
     encode_form,
@@ -16,8 +17,8 @@ from vlcache_triton.apps.evaluation import (
     read_results,
     run,
 )
-from vlcache_triton.apps.evaluation.decode import full_answer, prefill
-from vlcache_triton.apps.evaluation.run import _batches, end_tokens
+from vlcache_triton.apps.evaluation.decode import full_answer
+from vlcache_triton.apps.evaluation.run import _batches
 from vlcache_triton.integrations.transformers import vl_cache
 
 SUITE = {suite.name: suite for suite in SUITES}
@@ -82,10 +83,7 @@ def test_the_answers_attention_is_that_of_eager_attention(form_reader, value_ite
     model, _ = form_reader
     item, query = value_item
     with vl_cache(model, VLCacheConfig(budget=1.0), cuda_graph=False):
-        recording, logits = prefill(model, query, item.max_new_tokens)
-        tokens, attention = full_answer(
-            model, recording, logits, query, item.max_new_tokens, end_tokens(model)
-        )
+        tokens, attention = full_answer(Recording(model, query, item.max_new_tokens))
     ids = torch.cat([query.inputs["input_ids"], torch.tensor([tokens[:-1]])], 1)
     text_config = model.config.text_config
     before = text_config._attn_implementation

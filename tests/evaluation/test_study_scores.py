@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from vlcache_triton import VLCacheConfig
-from vlcache_triton.apps.evaluation import Query, Variant
-from vlcache_triton.apps.evaluation.decode import prefill
+from vlcache_triton.apps.evaluation import Query, Recording, Variant
 from vlcache_triton.apps.evaluation.variants import tuned_snapkv
 from vlcache_triton.apps.formreader import chat, draw_dialogue, encode_chats, render
 from vlcache_triton.integrations.transformers import vl_cache
@@ -54,7 +53,7 @@ def seen_and_recording(study):
     inputs = dict(encode_chats(study.processor, messages))
     with vl_cache(study.model, VLCacheConfig(budget=1.0), cuda_graph=False):
         query = Query(inputs, torch.empty(0, dtype=torch.int64))
-        recording, _ = prefill(study.model, query, 4)
+        recording = Recording(study.model, query, 4)
     return study.look(inputs["input_ids"][0], 1), recording
 
 

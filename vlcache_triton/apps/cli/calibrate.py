@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .console import UserError, count, files, print_json, progress
+from .console import UserError, count, files, print_json, progress, right
 from .eval import SUITE_NAMES, DataOption, LongestOption, PagesOption
 from .options import (
     DeviceOption,
@@ -98,10 +98,8 @@ def calibrate(
 def _print(profile: HeadProfile) -> None:
     """The share of each head at a budget."""
     shares = profile.shares(SHOWN_BUDGET)
-    table = Table(title=f"{SHOWN_BUDGET:.0%} of the cache, by head")
-    table.add_column("layer", justify="right")
-    for head in range(len(shares[0])):
-        table.add_column(f"KV head {head}", justify="right")
+    heads = (right(f"KV head {head}") for head in range(len(shares[0])))
+    table = Table(right("layer"), *heads, title=f"{SHOWN_BUDGET:.0%} of the cache, by head")
     for layer, row in enumerate(shares):
         table.add_row(str(layer), *(f"{share:.1%}" for share in row))
     Console().print(table)

@@ -1,4 +1,7 @@
-"""What the commands share in talking to the user: errors, progress, numbers, bars, JSON."""
+"""What the commands share in talking to the user: errors, progress, numbers, bars, JSON.
+
+All that a user can put right is a UserError, whoever notices.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
 from rich.text import Text
 
 BAR_WIDTH = 16
+MAX_LINE = 300  # characters
 
 
 class UserError(Exception):
@@ -48,6 +53,11 @@ def waiting(description: str) -> AbstractContextManager:
     return console.status(description) if console.is_terminal else nullcontext()
 
 
+def right(heading: str) -> Column:
+    """A table's column of numbers."""
+    return Column(heading, justify="right")
+
+
 def print_json(value: Any) -> None:
     """To standard output, indented."""
     json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
@@ -74,7 +84,7 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def one_line(text: str, limit: int = 300) -> str:
-    """The first line that says something, cut at `limit` characters."""
+def one_line(text: str) -> str:
+    """The first line that says something, cut where it is very long."""
     first = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    return first if len(first) <= limit else first[: limit - 1] + "…"
+    return first if len(first) <= MAX_LINE else first[: MAX_LINE - 1] + "…"

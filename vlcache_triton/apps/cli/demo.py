@@ -42,23 +42,12 @@ SWEEP = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
 
 DemoPresetOption = Annotated[
     Preset | None,
-    typer.Option(
-        "--preset",
-        metavar="NAME",
-        help=PRESET_HELP,
-        show_default="tuned; paper with another policy",
-    ),
+    typer.Option(metavar="NAME", help=PRESET_HELP, show_default="tuned; paper with another policy"),
 ]
-QuestionsOption = Annotated[
-    int, typer.Option("--questions", min=1, max=100, metavar="N", help="How many to ask.")
-]
-SeedOption = Annotated[
-    int, typer.Option("--seed", metavar="N", help="Another seed is another page.")
-]
-FieldsOption = Annotated[
-    int, typer.Option("--fields", min=1, max=144, metavar="N", help="Fields on the page.")
-]
-PageOption = Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to write the page.")]
+QuestionsOption = Annotated[int, typer.Option(min=1, max=100, metavar="N", help="How many to ask.")]
+SeedOption = Annotated[int, typer.Option(metavar="N", help="Another seed is another page.")]
+FieldsOption = Annotated[int, typer.Option(min=1, max=144, metavar="N", help="Fields on the page.")]
+PageOption = Annotated[Path, typer.Option(metavar="FILE", help="Where to write the page.")]
 SweepOption = Annotated[bool, typer.Option("--sweep", help="Show where answers break.")]
 
 

@@ -7,10 +7,10 @@ from statistics import mean
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from .console import bar, count, size
+from .console import bar, count, right, size
 
 CACHES = ("full", "compressed")
 ANSWER_WIDTH = 10  # a value of eight characters, a blank and the mark
@@ -35,10 +35,9 @@ def print_demo(result: dict[str, Any]) -> None:
 
 def _answers(questions: list[dict[str, Any]]) -> Table:
     budget = f"{questions[0]['compressed']['budget']:.3g}"
-    table = Table(title="Answers from the full KV cache, and from a part of it")
-    table.add_column("question")
-    table.add_column("full", min_width=ANSWER_WIDTH)
-    table.add_column(f"budget {budget}", min_width=ANSWER_WIDTH)
+    columns = (Column(x, min_width=ANSWER_WIDTH) for x in ("full", f"budget {budget}"))
+    title = "Answers from the full KV cache, and from a part of it"
+    table = Table("question", *columns, title=title)
     for each in questions:
         answers = (_judged(each[cache]["answer"], each["expected"]) for cache in CACHES)
         table.add_row(Text(each["question"]), *answers)
@@ -55,12 +54,9 @@ def _kept(questions: list[dict[str, Any]]) -> Table:
     kept = [each["compressed"]["kept"] for each in questions]  # [questions][layers]
     layers = list(zip(*kept, strict=True))
     most = max(map(mean, layers))
-    table = Table(title="Prompt tokens that each KV head keeps")
-    table.add_column("layer", justify="right")
-    table.add_column("tokens" if len(kept) == 1 else "mean", justify="right")
-    if len(kept) > 1:
-        table.add_column("by question", justify="right")
-    table.add_column("to scale", no_wrap=True)
+    tokens = [right("tokens")] if len(kept) == 1 else [right("mean"), right("by question")]
+    columns = (right("layer"), *tokens, Column("to scale", no_wrap=True))
+    table = Table(*columns, title="Prompt tokens that each KV head keeps")
     for layer, counts in enumerate(layers):
         spread = [f"{min(counts)} to {max(counts)}"] if len(kept) > 1 else []
         middle = mean(counts)

@@ -30,18 +30,13 @@ RESULTS = "results.jsonl"
 DataOption = Annotated[
     Path | None,
     typer.Option(
-        "--data",
-        metavar="FILE",
-        help="Your questions: questions.jsonl, or the folder that has it.",
+        metavar="FILE", help="Your questions: questions.jsonl, or the folder that has it."
     ),
 ]
-PagesOption = Annotated[
-    int, typer.Option("--pages", min=1, metavar="N", help="Synthetic forms a suite.")
-]
+PagesOption = Annotated[int, typer.Option(min=1, metavar="N", help="Synthetic forms a suite.")]
 SuitesOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--suite",
         metavar="NAME",
         help=f"A suite of synthetic forms; again for more. {'; '.join(SUITE_NAMES)}.",
         show_default="all",
@@ -50,27 +45,20 @@ SuitesOption = Annotated[
 BudgetsOption = Annotated[
     list[float] | None,
     typer.Option(
-        "--budget",
         metavar="SHARE",
         help="Share of the cache to keep; again for more.",
         show_default="1 % to 100 %",
     ),
 ]
-LongestOption = Annotated[
-    int, typer.Option("--max-new-tokens", min=1, metavar="N", help="Longest answer to --data.")
-]
+LongestOption = Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer to --data.")]
 ProfileOption = Annotated[
     Path | None,
     typer.Option(
-        "--profile",
-        metavar="FILE",
-        help="Of calibrate: compares with it and without, in place of rivals.",
+        metavar="FILE", help="Of calibrate: compares with it and without, in place of rivals."
     ),
 ]
 QuickOption = Annotated[bool, typer.Option("--quick", help="A few minutes on two CPU cores.")]
-OutOption = Annotated[
-    Path, typer.Option("--out", metavar="FOLDER", help="For results; goes on from them.")
-]
+OutOption = Annotated[Path, typer.Option(metavar="FOLDER", help="For results; goes on from them.")]
 
 
 def evaluate(
@@ -157,7 +145,7 @@ def _write(out: Path, cells: Sequence[Cell], about: dict[str, str]) -> dict[str,
     """The numbers, the page and the pictures; the numbers are returned."""
     from vlcache_triton.apps.evaluation import names, plot, plot_first, report
 
-    summary = {"about": about, "cells": [cell.to_dict() for cell in cells]}
+    summary = {"about": about, "cells": [vars(cell) for cell in cells]}
     (out / "summary.json").write_text(json_module.dumps(summary, indent=1) + "\n")
     (out / "report.md").write_text(report(cells, about))
     plot_first(cells, out / "accuracy.svg")

@@ -16,9 +16,6 @@ def check_folder(out: Path, settings: dict[str, Any], results: str) -> None:
 
     Args:
         results: a pattern of files; where none of them says anything, nothing was measured.
-
-    Raises:
-        UserError: for results of other settings, and where the folder cannot be read.
     """
     try:
         with files("out", "read", out):

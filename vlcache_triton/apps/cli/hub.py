@@ -18,11 +18,7 @@ from .console import UserError, one_line
 
 
 def check_exists(source: str) -> None:
-    """See that a model is a folder, has been downloaded, or can be.
-
-    Raises:
-        UserError: saying which of these failed: the name, the network or the hub.
-    """
+    """See that a model is a folder, has been downloaded, or can be; say what failed of it."""
     if Path(source).is_dir():
         return
     try:

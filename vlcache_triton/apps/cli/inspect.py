@@ -12,7 +12,7 @@ from rich.table import Table
 
 from vlcache_triton import VLCacheConfig
 
-from .console import UserError, bar, files, print_json, size, waiting
+from .console import UserError, bar, files, print_json, right, size, waiting
 from .options import (
     BudgetOption,
     DeviceOption,
@@ -41,9 +41,7 @@ if TYPE_CHECKING:
 DrawOption = Annotated[
     Path | None,
     typer.Option(
-        "--out",
-        metavar="FOLDER",
-        help="Also draw pictures of what is kept, by layer and summed, in here.",
+        metavar="FOLDER", help="Also draw pictures of what is kept, by layer and summed, in here."
     ),
 ]
 
@@ -114,7 +112,7 @@ def _draw(
     alone where the image's grid cannot be told."""
     import torch
 
-    from vlcache_triton.apps.evaluation import Query, prefill
+    from vlcache_triton.apps.evaluation import Query, Recording
     from vlcache_triton.apps.pictures import UnknownGridError, draw_report, image_grids
     from vlcache_triton.integrations.transformers import vl_cache
 
@@ -123,7 +121,7 @@ def _draw(
     with waiting("reading the prompt"), refusals():
         with vl_cache(vlm.model, VLCacheConfig(budget=1.0), cuda_graph=False):
             query = Query(dict(inputs), torch.empty(0, dtype=torch.int64))
-            recording, _ = prefill(vlm.model, query, 1)
+            recording = Recording(vlm.model, query, 1)
         if not recording.prompt.is_compressible:
             return None, []
         plan, (_, stats) = recording.plan_for(variant), recording.measure(variant)
@@ -141,15 +139,10 @@ def _draw(
 def _print(report: CompressionReport) -> None:
     (length,) = report.lengths
     table = Table(
+        *(right("layer"), right("sparsity γ'"), "", right("kept"), right("of prompt"), ""),
         title=f"{length} prompt tokens, budget {report.budget:g}: KV cache"
         f" {size(report.bytes_before)} → {size(report.bytes_after)}",
     )
-    table.add_column("layer", justify="right")
-    table.add_column("sparsity γ'", justify="right")
-    table.add_column("")
-    table.add_column("kept", justify="right")
-    table.add_column("of prompt", justify="right")
-    table.add_column("")
     for layer, (sparsity,), (kept,) in zip(
         report.layers, report.sparsity, report.kept, strict=True
     ):

@@ -67,45 +67,36 @@ def _choice(text: str, names: type[Enum]) -> str:
 
 ImageOption = Annotated[
     list[Path],
-    typer.Option("--image", metavar="FILE", help="An image; give the option again for more."),
+    typer.Option(metavar="FILE", help="An image; give the option again for more."),
 ]
-PromptOption = Annotated[
-    str, typer.Option("--prompt", metavar="TEXT", help="What to ask about the images.")
-]
+PromptOption = Annotated[str, typer.Option(metavar="TEXT", help="What to ask about the images.")]
 ModelOption = Annotated[
     str | None,
     typer.Option(
-        "--model",
-        metavar="NAME",
-        help="A model of the hub, or its folder.",
-        show_default="form-reader",
+        metavar="NAME", help="A model of the hub, or its folder.", show_default="form-reader"
     ),
 ]
 BudgetOption = Annotated[
     float,
-    typer.Option("--budget", metavar="SHARE", help="Share of the KV cache to keep, in (0, 1]."),
+    typer.Option(metavar="SHARE", help="Share of the KV cache to keep, in (0, 1]."),
 ]
 PolicyOption = Annotated[
-    PolicyName, typer.Option("--policy", metavar="NAME", help=_choice("What is kept", PolicyName))
+    PolicyName, typer.Option(metavar="NAME", help=_choice("What is kept", PolicyName))
 ]
 PRESET_HELP = (
     "paper: VL-Cache as published; tuned: what answered best with form-reader, with a row that"
     " stands for all that is evicted."
 )
-PresetOption = Annotated[Preset, typer.Option("--preset", metavar="NAME", help=PRESET_HELP)]
+PresetOption = Annotated[Preset, typer.Option(metavar="NAME", help=PRESET_HELP)]
 DeviceOption = Annotated[
     str | None,
     typer.Option(
-        "--device",
-        metavar="NAME",
-        help="cpu, cuda, or cuda:1 and so on.",
-        show_default="cuda, else cpu",
+        metavar="NAME", help="cpu, cuda, or cuda:1 and so on.", show_default="cuda, else cpu"
     ),
 ]
 DtypeOption = Annotated[
     Dtype,
     typer.Option(
-        "--dtype",
         metavar="NAME",
         help=_choice("Of the model", Dtype) + " auto is the checkpoint's own on a GPU, and float32"
         " on a CPU and for form-reader.",
@@ -123,11 +114,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing
 
 
 def checked_names(option: str, chosen: Sequence[str] | None, known: Sequence[str]) -> Sequence[str]:
-    """What is chosen, if it is known; without a choice, all that is.
-
-    Raises:
-        UserError: naming the option.
-    """
+    """What is chosen, if it is known; without a choice, all that is."""
     for name in chosen or ():
         if name not in known:
             raise UserError(f"{option}: got {name!r}, expected one of {tuple(known)}")
@@ -140,11 +127,7 @@ def checked_config(
     policy: PolicyName = PolicyName.vl_cache,
     streaming: bool = False,
 ) -> VLCacheConfig:
-    """What the options choose, checked before anything slow is done.
-
-    Raises:
-        UserError: naming the option.
-    """
+    """What the options choose, checked before anything slow is done."""
     if policy is not PolicyName.vl_cache:
         if preset is not Preset.paper:
             raise UserError(

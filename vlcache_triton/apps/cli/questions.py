@@ -82,11 +82,7 @@ def own_questions(vlm: VisionLanguageModel, items: Sequence[Item]) -> Iterator[Q
 
 
 def own_items(data: Path, max_new_tokens: int) -> list[Item]:
-    """Read and checked.
-
-    Raises:
-        UserError: naming the file, the line and what is wrong with it.
-    """
+    """Read and checked; what is wrong is named by file and line."""
     try:
         return read_items(data, max_new_tokens)
     except OSError as error:

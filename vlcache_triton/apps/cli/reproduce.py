@@ -25,7 +25,6 @@ BATCHES, LENGTHS = [1, 4, 16], [2048, 8192, 32768]
 PartsOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--part",
         metavar="NAME",
         help=f"What to measure; again for more. {', '.join(PART_NAMES)}.",
         show_default="all",
@@ -34,38 +33,30 @@ PartsOption = Annotated[
 TasksOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--task",
         metavar="NAME",
         help="A task of lmms-eval; again for more.",
         show_default=", ".join(TASK_NAMES),
     ),
 ]
 LimitOption = Annotated[
-    int, typer.Option("--limit", min=1, metavar="N", help="Samples of each task, or forms a suite.")
+    int, typer.Option(min=1, metavar="N", help="Samples of each task, or forms a suite.")
 ]
 BatchesOption = Annotated[
     list[int] | None,
     typer.Option(
-        "--batch",
-        min=1,
-        metavar="N",
-        help="Prompts at once; again for more.",
-        show_default="1 4 16",
+        min=1, metavar="N", help="Prompts at once; again for more.", show_default="1 4 16"
     ),
 ]
 LengthsOption = Annotated[
     list[int] | None,
     typer.Option(
-        "--length",
         min=1,
         metavar="N",
         help="Tokens of a prompt, for latency; again for more.",
         show_default="2048 8192 32768",
     ),
 ]
-NewTokensOption = Annotated[
-    int, typer.Option("--new-tokens", min=45, metavar="N", help="Decoded, for latency.")
-]
+NewTokensOption = Annotated[int, typer.Option(min=45, metavar="N", help="Decoded, for latency.")]
 
 
 def reproduce(

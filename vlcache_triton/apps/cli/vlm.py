@@ -61,10 +61,6 @@ class VisionLanguageModel:
         device: "cpu", "cuda" or "cuda:1"; None is the GPU where there is one.
         dtype: of torch, by name; "auto" is the checkpoint's own on a GPU, and float32 on a CPU and
             for the form reader.
-
-    Raises:
-        UserError: where there is no such device or model, or none that Transformers can load
-            without running code of the model's authors.
     """
 
     def __init__(
@@ -156,11 +152,7 @@ def about(name: str, device: torch.device) -> dict[str, str]:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of this name, or the GPU where there is one.
-
-    Raises:
-        UserError: where there is no such device.
-    """
+    """The device of this name, or the GPU where there is one."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name is None:
         return torch.device("cuda" if num_gpus else "cpu")
@@ -176,11 +168,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def open_images(paths: Sequence[Path]) -> list[Image.Image]:
-    """The images as `read_image` reads them.
-
-    Raises:
-        UserError: naming the file that cannot be read as an image.
-    """
+    """The images as `read_image` reads them."""
     with refusals():
         return [read_image(path) for path in paths]
 

@@ -21,9 +21,9 @@ from vlcache_triton.recipe.plan import (
 )
 from vlcache_triton.recipe.profile import HeadProfile
 
-from .decode import Query, full_answer, prefill
-from .recording import Recording
-from .run import MAX_COPIES, MAX_COPY_BYTES, end_tokens
+from .decode import full_answer
+from .recording import Query, Recording
+from .run import MAX_COPIES, MAX_COPY_BYTES
 from .variants import Variant
 
 LEVELS = (0.01, 0.03, 0.1, 0.3)
@@ -81,15 +81,15 @@ def head_losses(
     Cost: one step over the answer for each, on a copy of the prompt that is all but whole.
     """
     with vl_cache(model, VLCacheConfig(budget=1.0), cuda_graph=False):
-        recording, logits = prefill(model, query, max_new_tokens)
-        eos = end_tokens(model)
-        answer, _ = full_answer(model, recording, logits, query, max_new_tokens, eos)
-        continuation = query.continuation.to(logits.device)
-        ids = torch.cat([continuation, torch.tensor(answer[:-1], device=logits.device)]).long()
+        recording = Recording(model, query, max_new_tokens)
+        answer, _ = full_answer(recording)
+        device = recording.logits.device
+        continuation = query.continuation.to(device)
+        ids = torch.cat([continuation, torch.tensor(answer[:-1], device=device)]).long()
         if not len(ids):
             return None
         # The first token of a single turn is the prefill's own, whatever is kept.
-        expected = torch.tensor(answer if len(continuation) else answer[1:], device=logits.device)
+        expected = torch.tensor(answer if len(continuation) else answer[1:], device=device)
         plan_of, (num_layers, num_kv_heads, length) = _planner(recording, variant)
         whole = torch.full((num_layers, num_kv_heads), length)
         shares = [whole]

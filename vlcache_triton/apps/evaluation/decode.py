@@ -17,19 +17,6 @@ from .variants import Variant
 
 
 @dataclass(frozen=True)
-class Query:
-    """A prompt as the model takes it, and what follows before the answer that counts.
-
-    inputs: keyword arguments of the model's forward pass, of one sequence; no cache.
-    continuation: `[n]` int64, tokens read after the prompt was compressed, the same for every
-        policy: earlier answers and later questions. Empty for a single turn.
-    """
-
-    inputs: dict[str, Any]
-    continuation: Tensor
-
-
-@dataclass(frozen=True)
 class Reply:
     """One greedy answer. tokens: with the end token, where it came; hit_rate: the share of the
     attention that the full cache's answer paid to the prompt, which fell on kept tokens; None for
@@ -41,33 +28,21 @@ class Reply:
 
 
 @torch.no_grad()
-def prefill(model: Any, query: Query, max_new_tokens: int) -> tuple[Recording, Tensor]:
-    """Read the prompt once, inside a vl_cache block: the recording and the last row's logits
-    `[1, vocab_size]`."""
-    room = len(query.continuation) + max_new_tokens
-    recording = Recording(model.config, max_new_tokens=room)
-    out = model(**query.inputs, cache=recording.cache, use_cache=True)
-    recording.keep_other_layers()
-    return recording, out.logits[:, -1]
-
-
-@torch.no_grad()
-def answer(
-    model: Any, cache: VLCache, logits: Tensor, query: Query, max_new_tokens: int, eos: set[int]
-) -> list[list[int]]:
+def answer(recording: Recording, cache: VLCache) -> list[list[int]]:
     """Greedy tokens of each sequence of `cache`, after the continuation; each ends with its end
     token or is `max_new_tokens` long. The first token of a single turn is the prefill's own."""
+    model, logits, continuation = recording.model, recording.logits, recording.query.continuation
     num_seqs = len(cache.prompt.pads) if cache.prompt is not None else 1
-    device = logits.device
-    if len(query.continuation):
-        ids = query.continuation.to(device).expand(num_seqs, -1)
+    device, eos = logits.device, end_tokens(model)
+    if len(continuation):
+        ids = continuation.to(device).expand(num_seqs, -1)
         out = model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
         logits = out.logits[:, -1]
     token = logits.argmax(-1).expand(num_seqs)
     tokens = [token]
     ends = torch.tensor(sorted(eos), device=device)
     finished = torch.isin(token, ends)
-    while len(tokens) < max_new_tokens and not finished.all():
+    while len(tokens) < recording.max_new_tokens and not finished.all():
         out = model(input_ids=token[:, None], cache=cache, use_cache=True)
         token = out.logits[:, -1].argmax(-1)
         tokens.append(token)
@@ -75,38 +50,24 @@ def answer(
     return [_until(row, eos) for row in torch.stack(tokens, 1).tolist()]
 
 
-def full_answer(
-    model: Any,
-    recording: Recording,
-    logits: Tensor,
-    query: Query,
-    max_new_tokens: int,
-    eos: set[int],
-) -> tuple[list[int], Tensor | None]:
+def full_answer(recording: Recording) -> tuple[list[int], Tensor | None]:
     """The full cache's tokens, and the attention its decoding paid to the prompt.
 
     The attention is `[num_layers, num_kv_heads, length]` fp32, over the rows of the answer's own
     tokens; None where the answer was one token, which no row had to be decoded for.
     """
-    (tokens,) = answer(model, recording.cache, logits, query, max_new_tokens, eos)
+    (tokens,) = answer(recording, recording.cache)
     num_rows = len(tokens) - 1
     return tokens, recording.answer_attention(num_rows) if num_rows else None
 
 
 def compressed_answers(
-    model: Any,
-    recording: Recording,
-    logits: Tensor,
-    query: Query,
-    variants: Sequence[Variant],
-    attention: Tensor | None,
-    max_new_tokens: int,
-    eos: set[int],
+    recording: Recording, variants: Sequence[Variant], attention: Tensor | None
 ) -> list[Reply]:
-    """What each variant answers from its compressed copy of the recorded prompt, in one batch."""
+    """What each variant answers from its compressed copy of the recorded prompt, in one batch;
+    attention: the full answer's, for hit rates."""
     plans = [recording.plan_for(variant) for variant in variants]
-    copies = recording.compress(plans)
-    tokens = answer(model, copies, logits, query, max_new_tokens, eos)
+    tokens = answer(recording, recording.compress(plans))
     row_bytes = recording.prompt_bytes // recording.num_rows
     return [
         Reply(row, hit_rate(plan, attention), int(plan.head_keep.sum()) * row_bytes)
@@ -124,6 +85,12 @@ def hit_rate(plan: CompressionPlan, attention: Tensor | None) -> float | None:
         kept = plan.kept_positions(layer, 0).long()
         hit += rows.gather(1, kept.clamp(min=0)).masked_fill(kept < 0, 0.0).sum().double().cpu()
     return float(hit / attention.double().sum().cpu())
+
+
+def end_tokens(model: Any) -> set[int]:
+    """The tokens that end an answer of this model."""
+    eos = model.generation_config.eos_token_id
+    return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
 
 
 def _until(tokens: list[int], ends: set[int]) -> list[int]:

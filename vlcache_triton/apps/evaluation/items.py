@@ -14,7 +14,7 @@ from vlcache_triton.apps.chat import chat
 from vlcache_triton.apps.formreader import Task, draw_dialogue, encode_chats, render
 from vlcache_triton.apps.images import read_image
 
-from .decode import Query
+from .recording import Query
 
 
 @dataclass(frozen=True)

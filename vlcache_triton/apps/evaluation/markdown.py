@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from .summary import MEAN, Cell, names, pick
@@ -17,12 +18,14 @@ from .variants import (
     WITH_ROW,
 )
 
+#: What each variant of the ablation has of the paper's two ideas.
 ABLATION = {
-    ("sparsity-aware layers", "post-vision scores"): PAPER,
-    ("sparsity-aware layers", "all-row scores"): "all rows, sparsity-aware",
-    ("uniform layers", "post-vision scores"): "post-vision, uniform",
-    ("uniform layers", "all-row scores"): "all rows, uniform",
+    PAPER: ("sparsity-aware layers", "post-vision scores"),
+    "all rows, sparsity-aware": ("sparsity-aware layers", "all-row scores"),
+    "post-vision, uniform": ("uniform layers", "post-vision scores"),
+    "all rows, uniform": ("uniform layers", "all-row scores"),
 }
+LEFT_OUT = {*ABLATION} - {PAPER} | {FULL}  # where rivals are compared
 ABLATION_BUDGETS = (0.05, 0.1, 0.2, 0.4)
 SMALL_BUDGETS = (0.05, 0.1, 0.2)
 #: What the first tables have room for: without a row for what is evicted, and with one.
@@ -69,12 +72,12 @@ def _full(cells: Sequence[Cell]) -> str:
 def _by_task(cells: Sequence[Cell]) -> list[str]:
     """For each small budget two tables, without a row and with one: tasks by variants, the floor
     first."""
-    tables = []
-    for budget in _measured(cells, SMALL_BUDGETS):
-        for variants in (FIRST, FIRST_WITH_ROW):
-            tables.append(_tasks_at(cells, budget, variants))
-    tables = list(filter(None, tables))
-    if not tables:
+    tables = [
+        _tasks_at(cells, budget, variants)
+        for budget in _measured(cells, SMALL_BUDGETS)
+        for variants in (FIRST, FIRST_WITH_ROW)
+    ]
+    if not any(tables):
         return []
     said = (
         "Kept of right, exact matches among the items that the full cache answers right; in"
@@ -114,53 +117,37 @@ def _curves(cells: Sequence[Cell], suite: str) -> str:
     assert full is not None
     title = "The mean of the tasks" if suite == MEAN else f"Task: {suite}"
     parts = [f"## {title}", f"{full.num_items} items; full cache {full.exact:.3f} exact."]
+    budgets = sorted(names(here, "budget"))
+    variants = {variant: [variant] for variant in names(here, "variant")}
+
+    def shown(name: str) -> str:
+        number = partial(_number, name)
+        return _by_budget(here, suite, budgets, ["kept"], variants, number)
+
     if full.num_full:
-        parts.append(
-            f"Exact match among the {full.num_full} items that the full cache answers right:"
-        )
-        parts.append(_by_budget(here, lambda c: _number(c.retained)))
-        parts += ["Accuracy ratio:", _by_budget(here, lambda c: _number(c.ratio))]
-    parts += ["ANLS:", _by_budget(here, lambda c: _number(c.anls))]
-    parts += ["Tokens that agree with the full cache's:"]
-    parts.append(_by_budget(here, lambda c: _number(c.agreement)))
-    parts += ["Cache hit rate:", _by_budget(here, lambda c: _number(c.hit_rate))]
+        of = f"the {full.num_full} items that the full cache answers right"
+        parts += [f"Exact match among {of}:", shown("retained")]
+        parts += ["Accuracy ratio:", shown("ratio")]
+    parts += ["ANLS:", shown("anls")]
+    parts += ["Tokens that agree with the full cache's:", shown("agreement")]
+    parts += ["Cache hit rate:", shown("hit_rate")]
     return "\n\n".join(parts)
 
 
 def _rivals(cells: Sequence[Cell], suite: str) -> str:
     """Every variant but the ablation's cells, with intervals."""
-    left_out = {*ABLATION.values()} - {PAPER} | {FULL}
     budgets = _measured(cells, SMALL_BUDGETS)
-    rows = []
-    for variant in names(cells, "variant"):
-        found = [pick(cells, suite, variant, budget) for budget in budgets]
-        if variant not in left_out and any(found):
-            rows.append([variant, *(_interval(cell) for cell in found)])
-    if not rows:
-        return ""
-    head = ["kept", *(percent(budget) for budget in budgets)]
-    return "\n\n".join(["## Every policy", _what_is_counted(suite), table(head, rows)])
+    rivals = {v: [v] for v in names(cells, "variant") if v not in LEFT_OUT}
+    found = _by_budget(cells, suite, budgets, ["kept"], rivals, _interval)
+    return f"## Every policy\n\n{_what_is_counted(suite)}\n\n{found}" if found else ""
 
 
 def _ablation(cells: Sequence[Cell], suite: str) -> str:
     """The two ideas of the paper, on and off."""
     budgets = _measured(cells, ABLATION_BUDGETS)
-    rows = []
-    for (layers, scores), variant in ABLATION.items():
-        found = [pick(cells, suite, variant, budget) for budget in budgets]
-        if any(found):
-            rows.append([layers, scores, *(_interval(cell) for cell in found)])
-    if not rows:
-        return ""
-    head = ["layers", "scores", *(percent(budget) for budget in budgets)]
-    return "\n\n".join(
-        [
-            "## Ablation",
-            _what_is_counted(suite)
-            + " All-row cells take the layers' sparsity from all rows, too.",
-            table(head, rows),
-        ]
-    )
+    found = _by_budget(cells, suite, budgets, ["layers", "scores"], ABLATION, _interval)
+    said = f"{_what_is_counted(suite)} All-row cells take the layers' sparsity from all rows, too."
+    return f"## Ablation\n\n{said}\n\n{found}" if found else ""
 
 
 def _measured(cells: Sequence[Cell], preferred: Sequence[float]) -> list[float]:
@@ -174,17 +161,26 @@ def _what_is_counted(suite: str) -> str:
     return f"Kept of right (95 % interval), {of}."
 
 
-def _by_budget(cells: Sequence[Cell], text: Callable[[Cell], str]) -> str:
-    budgets = sorted(names(cells, "budget"))
+def _by_budget(
+    cells: Sequence[Cell],
+    suite: str,
+    budgets: Sequence[float],
+    head: Sequence[str],
+    variants: Mapping[str, Sequence[str]],
+    text: Callable[[Cell], str],
+) -> str:
+    """A row for each variant that was measured at any budget; what it begins with is under `head`.
+    Nothing where there is no row."""
     rows = []
-    for variant in names(cells, "variant"):
-        found = [pick(cells, cells[0].suite, variant, budget) for budget in budgets]
-        rows.append([variant, *("" if cell is None else text(cell) for cell in found)])
-    return table(["kept", *(percent(budget) for budget in budgets)], rows)
+    for variant, labels in variants.items():
+        found = [pick(cells, suite, variant, budget) for budget in budgets]
+        if any(found):
+            rows.append([*labels, *("" if cell is None else text(cell) for cell in found)])
+    return table([*head, *map(percent, budgets)], rows) if rows else ""
 
 
-def _interval(cell: Cell | None) -> str:
-    if cell is None or cell.retained is None:
+def _interval(cell: Cell) -> str:
+    if cell.retained is None:
         return ""
     return f"{cell.retained:.3f} ({cell.retained_low:.3f} to {cell.retained_high:.3f})"
 
@@ -194,7 +190,8 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g}%"
 
 
-def _number(value: float | None) -> str:
+def _number(name: str, cell: Cell) -> str:
+    value = getattr(cell, name)
     return "" if value is None else f"{value:.3f}"
 
 

@@ -8,7 +8,7 @@ from math import exp, log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .markdown import ABLATION
+from .markdown import LEFT_OUT
 from .summary import Cell, names, pick
 from .variants import FLOOR, FULL, ORACLE, OURS, PAPER, PEER, WITH_ROW, base_name
 
@@ -38,7 +38,8 @@ def plot_first(cells: Sequence[Cell], path: Path) -> None:
     import matplotlib
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vlcache"}):
-        draw_first(cells).savefig(path, dpi=130, metadata={"Date": None} if _is_svg(path) else None)
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        draw_first(cells).savefig(path, dpi=130, metadata=metadata)
 
 
 def draw_first(cells: Sequence[Cell]) -> Figure:
@@ -64,7 +65,6 @@ def draw_first(cells: Sequence[Cell]) -> Figure:
     axes.axhline(full.exact, color="0.6", lw=1, ls=":", label="full cache")
     mark_budgets(axes, sorted({c.budget for c in here if c.budget < 1}) or [1.0])
     axes.set(xlabel="kept of the KV cache", ylabel=f"exact answers, {suite}", ylim=(-0.02, 1.02))
-    axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
     axes.set_title(f"{full.num_items} questions; shaded: 95 % interval", fontsize=9)
     return figure
@@ -77,10 +77,6 @@ def _points(cells: Sequence[Cell], variant: str, metric: str) -> list[Cell]:
 
 def _xy(cells: Sequence[Cell], metric: str) -> tuple[list[float], list[float]]:
     return [c.budget for c in cells], [getattr(c, metric) for c in cells]
-
-
-def _is_svg(path: Path) -> bool:
-    return path.suffix == ".svg"
 
 
 def colours() -> Iterator[Any]:
@@ -104,8 +100,7 @@ def draw_curves(cells: Sequence[Cell], suite: str) -> Figure:
     figure = Figure(figsize=(12, 8), layout="constrained")
     panels = figure.subplots(2, 2).flat
     here = [c for c in cells if c.suite == suite]
-    left_out = {*ABLATION.values()} - {PAPER} | {FULL}
-    variants = [v for v in names(here, "variant") if v not in left_out]
+    variants = [v for v in names(here, "variant") if v not in LEFT_OUT]
     palette = dict(zip(dict.fromkeys(map(base_name, variants)), colours(), strict=False))
     for axes, (metric, label) in zip(panels, METRICS.items(), strict=True):
         for variant in variants:
@@ -123,7 +118,6 @@ def draw_curves(cells: Sequence[Cell], suite: str) -> Figure:
             axes.axhline(getattr(full, metric), color="0.6", lw=1, ls="--", label="full cache")
         mark_budgets(axes, sorted({c.budget for c in here}))
         axes.set(xlabel="kept of the cache", ylabel=label, ylim=(-0.02, 1.02))
-        axes.grid(alpha=0.25)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower center", ncols=min(len(labels), 6), fontsize=8
@@ -134,7 +128,8 @@ def draw_curves(cells: Sequence[Cell], suite: str) -> Figure:
 
 
 def mark_budgets(axes: Any, budgets: Sequence[float]) -> None:
-    """A logarithmic axis with a tick at each budget, and its text where there is room for it."""
+    """A grid, and a logarithmic axis with a tick at each budget, and its text where there is room
+    for it."""
     low, high = 0.9 * budgets[0], 1.1 * budgets[-1]
     room = TICK_ROOM * log(high / low)
     texts: list[str] = []
@@ -147,3 +142,4 @@ def mark_budgets(axes: Any, budgets: Sequence[float]) -> None:
     axes.set_xticks(budgets, texts)
     axes.set_xlim(low, high)
     axes.minorticks_off()
+    axes.grid(alpha=0.25)

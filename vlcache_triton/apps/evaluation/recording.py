@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +23,22 @@ from vlcache_triton.recipe.config import VLCacheConfig
 from vlcache_triton.recipe.plan import CompressionPlan, make_plan
 from vlcache_triton.recipe.prompt import Prompt, count_query_rows
 from vlcache_triton.recipe.report import CompressionReport
-from vlcache_triton.recipe.statistics import LayerStats
+from vlcache_triton.recipe.statistics import LayerStats, measure_layer
 
 from .variants import Variant
+
+
+@dataclass(frozen=True)
+class Query:
+    """A prompt as the model takes it, and what follows before the answer that counts.
+
+    inputs: keyword arguments of the model's forward pass, of one sequence; no cache.
+    continuation: `[n]` int64, tokens read after the prompt was compressed, the same for every
+        policy: earlier answers and later questions. Empty for a single turn.
+    """
+
+    inputs: dict[str, Any]
+    continuation: Tensor
 
 
 class _Layer(NamedTuple):
@@ -74,23 +88,33 @@ class _Recorder(PromptCompressor):
 class Recording:
     """The full cache of one prompt, in the ragged layout, with all that a policy may look at.
 
-    cache: for the model's forward pass over the prompt, inside a vl_cache block, and for the full
-        cache's answer behind it. `compress` makes compressed copies of the prompt.
+    cache: for the full cache's answer behind the prompt; `compress` makes compressed copies of it.
+    logits: of the prompt's last row, `[1, vocab_size]`.
 
     Args:
-        max_new_tokens: room behind the prompt, here and in the copies.
+        model: inside a vl_cache block; it reads the prompt, now.
+        max_new_tokens: of an answer, here and in the copies.
     """
 
-    def __init__(self, model_config: Any, max_new_tokens: int) -> None:
+    @torch.no_grad()
+    def __init__(self, model: Any, query: Query, max_new_tokens: int) -> None:
+        self.model, self.query, self.max_new_tokens = model, query, max_new_tokens
+        self._room = len(query.continuation) + max_new_tokens
         lossless = VLCacheConfig(budget=1.0)
-        self.model_config, self.max_new_tokens = model_config, max_new_tokens
-        self.cache = VLCache(model_config, lossless, max_new_tokens=max_new_tokens)
+        self.cache = VLCache(model.config, lossless, max_new_tokens=self._room)
         self._recorded: list[_Layer] = []
         self._stats: dict[Hashable, list[LayerStats]] = {}
-        self._other_layers: dict[int, Any] = {}
         contents = self.cache.contents
         contents.make_compressor = functools.partial(_Recorder, self._recorded)
         contents.packs_whole = True
+        out = model(**query.inputs, cache=self.cache, use_cache=True)
+        self.logits = out.logits[:, -1]
+        # Windows and states, as the prompt has left them.
+        self._other_layers: dict[int, Any] = {
+            i: copy.deepcopy(layer, {id(contents): contents})
+            for i, layer in enumerate(self.cache.layers)
+            if not isinstance(layer, VLCacheLayer)
+        }
 
     @property
     def prompt(self) -> Prompt:
@@ -118,16 +142,7 @@ class Recording:
         """K and V rows of the prompt, over layers and KV heads."""
         return sum(layer.k.shape[0] * layer.k.shape[1] for layer in self._recorded)
 
-    def keep_other_layers(self) -> None:
-        """Remember windows and states as the prompt left them: call it before decoding."""
-        contents = self.cache.contents
-        self._other_layers = {
-            i: copy.deepcopy(layer, {id(contents): contents})
-            for i, layer in enumerate(self.cache.layers)
-            if not isinstance(layer, VLCacheLayer)
-        }
-
-    def answer_stats(self, num_rows: int, threshold: float = 0.01) -> list[PostVisionStats]:
+    def answer_stats(self, num_rows: int) -> list[PostVisionStats]:
         """What the last `num_rows` rows decoded say of each layer of the full cache: the attention
         that each token received, summed over rows and averaged over the query heads of a KV head,
         and how sparse it is."""
@@ -148,7 +163,6 @@ class Recording:
                     len(q),
                     len(k),
                     softmax_scale=recorded.softmax_scale,
-                    threshold=threshold,
                     softcap=recorded.softcap,
                 )
             )
@@ -171,11 +185,10 @@ class Recording:
         shape = shape_of(plan, head_room, k, v, plan.evicted is not None)
         ragged = RaggedCache(shape, backend)
         ragged.lay_out(plan, head_room)
-        starts, lengths = (of(ragged.k.device) for of in (plan.prompt.starts, plan.prompt.seqused))
         for layer, recorded in enumerate(self._recorded):
             k, v = (x.repeat(num_seqs, 1, 1) for x in (recorded.k, recorded.v))
-            move_layer(plan, ragged, layer, k, v, starts, lengths)
-        copies = VLCache(self.model_config, max_new_tokens=self.max_new_tokens)
+            move_layer(plan, ragged, layer, k, v)
+        copies = VLCache(self.model.config, max_new_tokens=self._room)
         copies.contents.hold(plan, ragged)
         # Positions of M-RoPE lag behind alike.
         copies.rope_deltas = [
@@ -202,7 +215,7 @@ class Recording:
     def measure(self, variant: Variant) -> tuple[Prompt, list[LayerStats]]:
         """The prompt with a variant's query rows, and what they say of each layer; measured once
         for all variants that look at the same."""
-        check_made_for(variant.policy, self.model_config)
+        check_made_for(variant.policy, self.model.config)
         config, backend = variant.effective, self.backend
         (post_vision,), (length,) = self.prompt.query_rows, self.prompt.lengths
         rows = count_query_rows(post_vision, length, config, variant.policy)
@@ -218,11 +231,9 @@ class Recording:
             variant.policy.outside,
         )
         if key not in self._stats:
-            compressor = PromptCompressor(
-                prompt, len(self._recorded), config, backend, variant.policy
-            )
+            asked = (prompt, config, backend, variant.policy)
             self._stats[key] = [
-                compressor.measure(layer, x.k, x.v, x.q, x.softmax_scale, x.softcap)
+                measure_layer(layer, x.k, x.v, x.q, x.softmax_scale, *asked, softcap=x.softcap)
                 for layer, x in enumerate(self._recorded)
             ]
         return prompt, self._stats[key]

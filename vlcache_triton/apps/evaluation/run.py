@@ -10,9 +10,10 @@ from typing import Any
 from vlcache_triton.integrations.transformers import vl_cache
 from vlcache_triton.recipe.config import VLCacheConfig
 
-from .decode import Query, Reply, compressed_answers, full_answer, prefill
+from .decode import Reply, compressed_answers, full_answer
 from .items import Item
 from .metrics import anls, exact_match, token_agreement
+from .recording import Query, Recording
 from .variants import BUDGETS, FULL, Comparison, Variant, compare_all
 
 # Compressed copies of a prompt that are decoded on at once.
@@ -35,8 +36,6 @@ def evaluate_item(
     Raises:
         ValueError: where the prompt has no image, so that there is nothing to compress.
     """
-    eos = end_tokens(model)
-    length = int(query.inputs["input_ids"].shape[1])
 
     def row(name: str, budget: float, reply: Reply, expected: list[int]) -> dict[str, Any]:
         text = processor.decode(reply.tokens, skip_special_tokens=True).strip()
@@ -52,23 +51,21 @@ def evaluate_item(
         }
 
     with vl_cache(model, VLCacheConfig(budget=1.0), cuda_graph=False):
-        recording, logits = prefill(model, query, item.max_new_tokens)
+        recording = Recording(model, query, item.max_new_tokens)
         if not recording.prompt.is_compressible:
             raise ValueError(f"item {item.index} of {item.suite}: got no image, expected one")
-        tokens, attention = full_answer(model, recording, logits, query, item.max_new_tokens, eos)
+        tokens, attention = full_answer(recording)
         rows = [row(FULL, 1.0, Reply(tokens, 1.0, recording.prompt_bytes), tokens)]
         variants = [v for b in sorted(budgets) if b < 1.0 for v in compare(b, attention)]
         for batch in _batches(variants, recording.prompt_bytes):
-            replies = compressed_answers(
-                model, recording, logits, query, batch, attention, item.max_new_tokens, eos
-            )
+            replies = compressed_answers(recording, batch, attention)
             for variant, reply in zip(batch, replies, strict=True):
                 rows.append(row(variant.name, variant.config.budget, reply, tokens))
     return {
         "suite": item.suite,
         "index": item.index,
         "answers": list(item.answers),
-        "prompt_tokens": length,
+        "prompt_tokens": int(query.inputs["input_ids"].shape[1]),
         "rows": rows,
     }
 
@@ -121,9 +118,3 @@ def _batches(variants: Sequence[Variant], prompt_bytes: int) -> Iterator[list[Va
         batch.append(variant)
     if batch:
         yield batch
-
-
-def end_tokens(model: Any) -> set[int]:
-    """The tokens that end an answer of this model."""
-    eos = model.generation_config.eos_token_id
-    return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)

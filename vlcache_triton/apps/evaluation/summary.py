@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from .metrics import wilson_interval
@@ -43,10 +43,6 @@ class Cell:
     hit_rate: float | None
     kv_bytes: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return asdict(self)
-
 
 MEAN = "mean of the tasks"
 
@@ -65,15 +61,11 @@ def summarise(results: Iterable[dict[str, Any]]) -> list[Cell]:
         for row in result["rows"]:
             suite[row["variant"], row["budget"]].append((row, result["rows"][0]["exact"]))
     cells = [
-        _cell(name, *key, rows, _share(suite[FULL, 1.0]))
+        _cell(name, *key, rows, _mean([row["exact"] for row, _ in suite[FULL, 1.0]]))
         for name, suite in groups.items()
         for key, rows in suite.items()
     ]
     return cells + (_means(cells) if len(groups) > 1 else [])
-
-
-def _share(rows: Sequence[tuple[dict[str, Any], bool]]) -> float:
-    return sum(row["exact"] for row, _ in rows) / len(rows)
 
 
 def _cell(
@@ -83,27 +75,20 @@ def _cell(
     rows: Sequence[tuple[dict[str, Any], bool]],
     full: float,
 ) -> Cell:
-    exact = _share(rows)
-    exact_low, exact_high = wilson_interval(exact * len(rows), len(rows))
+    exact = [row["exact"] for row, _ in rows]
     retained = [row["exact"] for row, full_is_right in rows if full_is_right]
-    retained_low, retained_high = wilson_interval(sum(retained), len(retained))
     return Cell(
         suite,
         variant,
         budget,
         len(rows),
-        exact,
-        exact_low,
-        exact_high,
-        exact / full if full else None,
+        _mean(exact),
+        *wilson_interval(sum(exact), len(exact)),
+        _mean(exact) / full if full else None,
         len(retained),
         _mean(retained),
-        retained_low,
-        retained_high,
-        sum(row["anls"] for row, _ in rows) / len(rows),
-        sum(row["agreement"] for row, _ in rows) / len(rows),
-        _mean([row["hit_rate"] for row, _ in rows if row["hit_rate"] is not None]),
-        sum(row["kv_bytes"] for row, _ in rows) / len(rows),
+        *wilson_interval(sum(retained), len(retained)),
+        **_averages([row for row, _ in rows]),
     )
 
 
@@ -113,11 +98,11 @@ def _means(cells: Sequence[Cell]) -> list[Cell]:
     groups: dict[tuple[str, float], list[Cell]] = defaultdict(list)
     for cell in cells:
         groups[cell.variant, cell.budget].append(cell)
-    full = sum(c.exact for c in groups[FULL, 1.0]) / len(groups[FULL, 1.0])
+    full = _mean([c.exact for c in groups[FULL, 1.0]])
     means = []
     for (variant, budget), found in groups.items():
         kept = [c for c in found if c.retained is not None]
-        exact = sum(c.exact for c in found) / len(found)
+        exact = _mean([c.exact for c in found])
         means.append(
             Cell(
                 MEAN,
@@ -130,10 +115,7 @@ def _means(cells: Sequence[Cell]) -> list[Cell]:
                 sum(c.num_full for c in found),
                 _mean([c.retained for c in kept]),
                 *_interval([(c.retained, c.retained_low, c.retained_high) for c in kept]),
-                sum(c.anls for c in found) / len(found),
-                sum(c.agreement for c in found) / len(found),
-                _mean([c.hit_rate for c in found if c.hit_rate is not None]),
-                sum(c.kv_bytes for c in found) / len(found),
+                **_averages([vars(c) for c in found]),
             )
         )
     return means
@@ -150,7 +132,14 @@ def _interval(shares: Sequence[tuple[float | None, float, float]]) -> tuple[floa
     return max(mean - below, 0.0), min(mean + above, 1.0)
 
 
-def _mean(values: Sequence[Any]) -> float | None:
+def _averages(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The fields of a cell that are means, without intervals."""
+    names = ("anls", "agreement", "hit_rate", "kv_bytes")
+    return {name: _mean([x[name] for x in found if x[name] is not None]) for name in names}
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    """None of nothing."""
     return sum(values) / len(values) if values else None
 
 
@@ -161,6 +150,6 @@ def pick(cells: Iterable[Cell], suite: str, variant: str, budget: float) -> Cell
     )
 
 
-def names(cells: Iterable[Cell], key: str) -> list[Any]:
+def names(results: Iterable[Any], key: str) -> list[Any]:
     """The different values of a field, in the order in which they come."""
-    return list(dict.fromkeys(getattr(cell, key) for cell in cells))
+    return list(dict.fromkeys(getattr(result, key) for result in results))

@@ -19,7 +19,7 @@ from vlcache_triton.recipe.policies import (
     hindsight,
     snapkv,
 )
-from vlcache_triton.recipe.policies.rows import keep_window
+from vlcache_triton.recipe.policies.rows import all_rows, keep_window
 from vlcache_triton.recipe.profile import HeadHits, HeadProfile
 
 BUDGETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -104,11 +104,11 @@ def ablation(budget: float) -> list[Variant]:
     """
     config = VLCacheConfig(budget=budget)
     uniform = replace(config, allocation="uniform")
-    all_rows = Policy("all_rows", lambda post_vision, length: length)
+    policy = Policy("all_rows", all_rows)
     return [
         Variant("post-vision, uniform", uniform),
-        Variant("all rows, sparsity-aware", config, all_rows),
-        Variant("all rows, uniform", uniform, all_rows),
+        Variant("all rows, sparsity-aware", config, policy),
+        Variant("all rows, uniform", uniform, policy),
     ]
 
 

@@ -2,5 +2,3 @@
 
 from .draw import draw_report
 from .grids import ImageGrid, UnknownGridError, image_grids
-
-__all__ = ["ImageGrid", "UnknownGridError", "draw_report", "image_grids"]

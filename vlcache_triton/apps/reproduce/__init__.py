@@ -7,20 +7,3 @@ from .parts import Parts
 from .scores import Score, scores_of
 from .sparsity import measure_sparsity
 from .variants import ABLATED, ablated, curves
-
-__all__ = [
-    "ABLATED",
-    "TASKS",
-    "Findings",
-    "Parts",
-    "Score",
-    "ablated",
-    "curves",
-    "has_lmms_eval",
-    "lmms_jobs",
-    "lmms_scores",
-    "measure_latency",
-    "measure_sparsity",
-    "scores_of",
-    "write_page",
-]

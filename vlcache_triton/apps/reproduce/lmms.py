@@ -8,9 +8,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from vlcache_triton.recipe.config import VLCacheConfig
 from vlcache_triton.recipe.policies import POLICIES
@@ -61,12 +61,13 @@ def lmms_jobs(
         for variant in variants:
             if variant is whole or variant.policy in POLICIES:
                 budget = float(variant.config.budget)
-                place = folder / task / f"{_file_name(variant.name)}-{budget:g}"
+                file_name = re.sub(r"[^\w.=-]+", "-", variant.name)
+                place = folder / task / f"{file_name}-{budget:g}"
                 arguments = ",".join([f"pretrained={model}", *_arguments(variant), *options])
                 command = [sys.executable, "-m", "lmms_eval", "--model", "vlcache"]
                 command += ["--model_args", arguments, "--tasks", task, "--limit", str(limit)]
                 command += ["--output_path", str(place)]
-                yield task, variant.name, budget, _job(command, place)
+                yield task, variant.name, budget, partial(_run, command, place)
 
 
 def lmms_scores(task: str, variant: str, budget: float, results: Path) -> Score:
@@ -96,20 +97,13 @@ def _arguments(variant: Variant) -> list[str]:
     return [f"policy={policy}", *(f"{name}={value}" for name, value in changed.items())]
 
 
-def _job(command: list[str], place: Path) -> Callable[[], Path]:
-    def run() -> Path:
+def _run(command: list[str], place: Path) -> Path:
+    found = sorted(place.glob(RESULTS))
+    if not found:
+        done = subprocess.run(command, capture_output=True, text=True)
         found = sorted(place.glob(RESULTS))
-        if not found:
-            done = subprocess.run(command, capture_output=True, text=True)
-            found = sorted(place.glob(RESULTS))
-            if done.returncode or not found:
-                lines = [x for x in (done.stderr or done.stdout).splitlines() if x.strip()]
-                reason = lines[-1] if lines else f"it ended with {done.returncode}"
-                raise RuntimeError(f"lmms_eval: {reason}")
-        return found[-1]
-
-    return run
-
-
-def _file_name(text: Any) -> str:
-    return re.sub(r"[^\w.=-]+", "-", text)
+        if done.returncode or not found:
+            lines = [x for x in (done.stderr or done.stdout).splitlines() if x.strip()]
+            reason = lines[-1] if lines else f"it ended with {done.returncode}"
+            raise RuntimeError(f"lmms_eval: {reason}")
+    return found[-1]

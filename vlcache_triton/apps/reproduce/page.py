@@ -9,6 +9,7 @@ from statistics import mean, pstdev
 from typing import Any
 
 from ..evaluation.markdown import percent, table
+from ..evaluation.summary import names
 from ..evaluation.variants import FULL
 from . import plots
 from .scores import Score
@@ -56,33 +57,26 @@ def write_page(findings: Findings, folder: Path) -> str:
 
 def _accuracy(scores: Sequence[Score]) -> str:
     tables = []
-    for task in _of(scores, "task"):
-        here = [s for s in scores if s.task == task]
-        budgets = sorted(_of([s for s in here if s.variant != FULL], "budget"))
+    for task in names(scores, "task"):
+        here = [s for s in scores if s.task == task and s.variant != FULL]
+        budgets = sorted(names(here, "budget"))
         rows = [
-            [variant, *(_value(here, variant, budget) for budget in budgets)]
-            for variant in _of(here, "variant")
-            if variant != FULL
+            [variant, *(_value(here, task, variant, budget) for budget in budgets)]
+            for variant in names(here, "variant")
         ]
-        tables += [_head(here, task), table(["kept", *map(percent, budgets)], rows)]
+        tables += [_head(scores, task), table(["kept", *map(percent, budgets)], rows)]
     return "\n\n".join(tables)
 
 
 def _ablation(scores: Sequence[Score]) -> str:
     """A table for each choice: its values by tasks, at each budget."""
-    tasks = _of(scores, "task")
+    tasks = names(scores, "task")
     tables = ["Each choice alone; the others as in the paper."]
-    tables += [_head([s for s in scores if s.task == task], task) for task in tasks]
-    for budget in sorted(_of([s for s in scores if s.variant != FULL], "budget")):
+    tables += [_head(scores, task) for task in tasks]
+    for budget in sorted({s.budget for s in scores if s.variant != FULL}):
         for name, values in ABLATED.items():
             rows = [
-                [
-                    str(value),
-                    *(
-                        _value([s for s in scores if s.task == task], f"{name}={value}", budget)
-                        for task in tasks
-                    ),
-                ]
+                [str(value), *(_value(scores, x, f"{name}={value}", budget) for x in tasks)]
                 for value in values
             ]
             tables.append(table([f"{name}, at {percent(budget)}", *tasks], rows))
@@ -90,12 +84,12 @@ def _ablation(scores: Sequence[Score]) -> str:
 
 
 def _head(scores: Sequence[Score], task: str) -> str:
-    full = next(s for s in scores if s.variant == FULL)
+    full = next(s for s in scores if (s.task, s.variant) == (task, FULL))
     return f"**{task}**, {full.metric}; with the full cache {full.value:.3f}."
 
 
-def _value(scores: Sequence[Score], variant: str, budget: float) -> str:
-    found = next((s for s in scores if (s.variant, s.budget) == (variant, budget)), None)
+def _value(scores: Sequence[Score], task: str, variant: str, budget: float) -> str:
+    found = next((s for s in scores if s[:3] == (task, variant, budget)), None)
     if found is None:
         return ""
     interval = "" if found.low is None else f" ({found.low:.2f} to {found.high:.2f})"
@@ -146,8 +140,3 @@ def _latency(rows: Sequence[dict[str, Any]]) -> str:
         " brings and what compression brings are in one row each."
     )
     return said + "\n\n" + table(head, cells)
-
-
-def _of(scores: Sequence[Score], key: str) -> list[Any]:
-    """Different values of a field, in their order."""
-    return list(dict.fromkeys(getattr(score, key) for score in scores))

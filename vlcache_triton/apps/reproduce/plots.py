@@ -7,6 +7,7 @@ from statistics import mean, pstdev
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation.plots import colours, mark_budgets
+from ..evaluation.summary import names
 from ..evaluation.variants import FULL, OURS, PAPER
 from .scores import Score
 from .variants import ABLATED
@@ -16,16 +17,20 @@ if TYPE_CHECKING:
 
 
 def _panels(number: int, width: float = 5.0) -> tuple[Figure, list[Any]]:
+    """Side by side, with grids."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * number, 4), layout="constrained")
-    return figure, list(figure.subplots(1, number, squeeze=False)[0])
+    panels = list(figure.subplots(1, number, squeeze=False)[0])
+    for axes in panels:
+        axes.grid(alpha=0.25)
+    return figure, panels
 
 
 def accuracy(scores: Sequence[Score]) -> Figure:
     """A panel for each task, a curve for each variant."""
-    tasks = list(dict.fromkeys(s.task for s in scores))
-    variants = list(dict.fromkeys(s.variant for s in scores if s.variant != FULL))
+    tasks = names(scores, "task")
+    variants = [variant for variant in names(scores, "variant") if variant != FULL]
     palette = dict(zip(variants, colours(), strict=False))
     figure, panels = _panels(len(tasks))
     for axes, task in zip(panels, tasks, strict=True):
@@ -39,14 +44,13 @@ def accuracy(scores: Sequence[Score]) -> Figure:
         axes.axhline(full.value, color="0.6", ls=":", label="full cache")
         mark_budgets(axes, sorted({s.budget for s in here if s.variant != FULL}) or [1.0])
         axes.set(title=task, xlabel="kept of the KV cache", ylabel=full.metric)
-        axes.grid(alpha=0.25)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     return figure
 
 
 def ablation(scores: Sequence[Score]) -> Figure:
     """A panel for each choice, a line of its values for each task; at the smallest budget."""
-    tasks = list(dict.fromkeys(s.task for s in scores))
+    tasks = names(scores, "task")
     budget = min(s.budget for s in scores if s.variant != FULL)
     figure, panels = _panels(len(ABLATED), 3.2)
     for axes, (name, values) in zip(panels, ABLATED.items(), strict=True):
@@ -56,7 +60,6 @@ def ablation(scores: Sequence[Score]) -> Figure:
             if found:
                 axes.plot(*zip(*found, strict=True), marker="o", color=colour, label=task)
         axes.set(title=name)
-        axes.grid(alpha=0.25)
     panels[0].set(ylabel=f"score at {100 * budget:.3g} %")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     return figure
@@ -74,7 +77,6 @@ def sparsity(found: dict[str, list[list[float]]]) -> Figure:
             low, high = zip(*((m - s, m + s) for m, s in zip(y, spread, strict=True)), strict=True)
             axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
     axes.set(xlabel="layer", ylabel="sparsity γ'")
-    axes.grid(alpha=0.25)
     axes.legend()
     return figure
 
@@ -86,14 +88,16 @@ def latency(rows: Sequence[dict[str, Any]]) -> Figure:
     figure, panels = _panels(len(batches))
     for axes, batch in zip(panels, batches, strict=True):
         for (loop, budget), colour in zip(kinds, colours(), strict=False):
-            here = [
-                r for r in rows if (r["batch"], r["loop"], r["budget"]) == (batch, loop, budget)
-            ]
-            here.sort(key=lambda row: row["length"])
-            x, y = [r["length"] for r in here], [r["token_ms"] for r in here]
-            axes.plot(x, y, marker="o", color=colour, label=f"{loop}, {100 * budget:.3g} %")
+            line = (batch, loop, budget)
+            here = [r for r in rows if (r["batch"], r["loop"], r["budget"]) == line]
+            points = sorted((r["length"], r["token_ms"]) for r in here)
+            axes.plot(
+                *zip(*points, strict=True),
+                marker="o",
+                color=colour,
+                label=f"{loop}, {100 * budget:.3g} %",
+            )
         axes.set(title=f"batch {batch}", xlabel="prompt tokens", ylabel="ms a token", xscale="log")
         axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.25)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure

@@ -8,13 +8,12 @@ from typing import Any
 from vlcache_triton.integrations.transformers import vl_cache
 from vlcache_triton.recipe.config import VLCacheConfig
 
-from ..evaluation import Query, Variant
-from ..evaluation.decode import full_answer, prefill
-from ..evaluation.run import end_tokens
+from ..evaluation import Query, Recording, Variant
+from ..evaluation.decode import full_answer
 
 
 def measure_sparsity(
-    model: Any, prompts: Iterable[tuple[Query, int]], threshold: float = 0.01
+    model: Any, prompts: Iterable[tuple[Query, int]]
 ) -> dict[str, list[list[float]]]:
     """γ' (eq. 2) of each prompt and layer, the mean over query heads: "prefill", over the
     post-vision rows, `[num_prompts][num_layers]`; "decoding", over the rows of the answer's tokens
@@ -26,17 +25,15 @@ def measure_sparsity(
     Raises:
         ValueError: where a prompt has no image.
     """
-    eos, found = end_tokens(model), {"prefill": [], "decoding": []}  # type: ignore[var-annotated]
-    config = VLCacheConfig(threshold=threshold)
+    found: dict[str, list[list[float]]] = {"prefill": [], "decoding": []}
+    paper = Variant("", VLCacheConfig())
     for query, max_new_tokens in prompts:
         with vl_cache(model, VLCacheConfig(budget=1.0), cuda_graph=False):
-            recording, logits = prefill(model, query, max_new_tokens)
-            found["prefill"].append(
-                [_sparsity(x.post_vision) for x in recording.measure(Variant("", config))[1]]
-            )
-            tokens, _ = full_answer(model, recording, logits, query, max_new_tokens, eos)
+            recording = Recording(model, query, max_new_tokens)
+            found["prefill"].append([_sparsity(x.post_vision) for x in recording.measure(paper)[1]])
+            tokens, _ = full_answer(recording)
             if len(tokens) > 1:
-                rows = recording.answer_stats(len(tokens) - 1, threshold)
+                rows = recording.answer_stats(len(tokens) - 1)
                 found["decoding"].append([_sparsity(stats) for stats in rows])
     return found
 
