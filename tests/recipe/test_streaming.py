@@ -10,6 +10,8 @@ from vlcache_triton import VLCacheConfig
 from vlcache_triton.pool.compress import PromptCompressor
 from vlcache_triton.pool.streaming import WORTH_PRUNING, StreamingCompressor
 from vlcache_triton.recipe.budgets import budget_bounds
+from vlcache_triton.recipe.policies import VL_CACHE
+from vlcache_triton.recipe.statistics import measure_layer
 
 
 class Watched(StreamingCompressor):
@@ -129,8 +131,8 @@ def test_layers_are_pruned_again_and_again(budget, recent_fraction, granularity)
 def test_ties_are_many_and_do_not_matter():
     prompt, layers, config = example_problem(budget=0.1)
     layers = with_ties(layers)
-    compressor = PromptCompressor(prompt, 12, config, REFERENCE)
-    scores = compressor.measure(0, *layers[0]).post_vision.scores
+    stats = measure_layer(0, *layers[0], prompt, config, REFERENCE, VL_CACHE)
+    scores = stats.post_vision.scores
     assert len(scores[0].unique()) < 0.4 * scores.shape[1]
     compressor = Watched(prompt, 12, config, REFERENCE)
     streamed = compress(compressor, layers)

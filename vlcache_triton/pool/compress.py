@@ -56,8 +56,7 @@ class PromptCompressor:
         """
         self._count(k, v)
         if self.compresses:
-            layer = self.num_added - 1
-            self._stats.append(self.measure(layer, k, v, q, softmax_scale, softcap))
+            self._stats.append(self._measure(k, v, q, softmax_scale, softcap))
         self._rows.append((k, v))
 
     def pack(
@@ -78,12 +77,11 @@ class PromptCompressor:
             plan = whole_plan(self.prompt, self.num_layers, num_kv_heads, device)
         self._stats = []
         ragged = self._allocate(plan, head_room, *self._rows[0], allocate)
-        starts, lengths = self.prompt.starts(device), self.prompt.seqused(device)
         for layer, rows in enumerate(self._rows):
-            store_means(plan, ragged, layer, *rows, starts, lengths)
+            store_means(plan, ragged, layer, *rows)
         k, v = zip(*self._rows, strict=True)
         self._rows = []
-        max_kept = int(plan.head_keep.max())
+        starts, max_kept = self.prompt.starts(device), int(plan.head_keep.max())
         ragged.compact_layers(k, v, starts, plan.indices, plan.cu_kept, max_kept)
         return plan, ragged
 
@@ -91,20 +89,13 @@ class PromptCompressor:
         self.num_added += 1
         self.bytes_seen += k.nbytes + v.nbytes
 
-    def measure(
-        self,
-        layer: int,
-        k: Tensor,
-        v: Tensor,
-        q: Tensor,
-        softmax_scale: float,
-        softcap: float = 0.0,
+    def _measure(
+        self, k: Tensor, v: Tensor, q: Tensor, softmax_scale: float, softcap: float
     ) -> LayerStats:
-        """What the policy asks for of a layer; the others as for `add`."""
-        return measure_layer(
-            *(layer, k, v, q, softmax_scale, self.prompt, self.config, self.backend, self.policy),
-            softcap=softcap,
-        )
+        """What the policy asks for of the layer that is added; arguments as for `add`."""
+        asked = (self.prompt, self.config, self.backend, self.policy)
+        layer = self.num_added - 1
+        return measure_layer(layer, k, v, q, softmax_scale, *asked, softcap=softcap)
 
     def _allocate(
         self,
@@ -137,43 +128,29 @@ def shape_of(
 
 
 def move_layer(
-    plan: CompressionPlan,
-    ragged: RaggedCache,
-    layer: int,
-    k: Tensor,
-    v: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
+    plan: CompressionPlan, ragged: RaggedCache, layer: int, k: Tensor, v: Tensor
 ) -> None:
-    """What a layer keeps of dense k and v `[rows, num_kv_heads, d]`, into its segments.
-
-    Args:
-        starts, lengths: `[num_seqs + 1]` and `[num_seqs]` int32, where the prompts' rows lie.
-    """
-    store_means(plan, ragged, layer, k, v, starts, lengths)
-    cu_kept, max_kept = plan.layer_cu_kept(layer), int(plan.head_keep[layer].max())
+    """What a layer keeps of dense k and v `[rows, num_kv_heads, d]`, into its segments."""
+    store_means(plan, ragged, layer, k, v)
+    starts, cu_kept = plan.prompt.starts(k.device), plan.layer_cu_kept(layer)
+    max_kept = int(plan.head_keep[layer].max())
     ragged.compact_layer(layer, k, v, starts, plan.indices, cu_kept, max_kept)
 
 
 def store_means(
-    plan: CompressionPlan,
-    ragged: RaggedCache,
-    layer: int,
-    k: Tensor,
-    v: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
+    plan: CompressionPlan, ragged: RaggedCache, layer: int, k: Tensor, v: Tensor
 ) -> None:
     """The rows for what a layer evicts, where the plan has such rows; arguments as move_layer."""
     if plan.evicted is None:
         return
+    prompt = plan.prompt
     sums = ragged.backend.sum_evicted(
         k,
         v,
-        starts,
+        prompt.starts(k.device),
         plan.indices,
         plan.layer_cu_kept(layer),
-        plan.prompt.padded_length,
-        seqused_k=lengths,
+        prompt.padded_length,
+        seqused_k=prompt.seqused(k.device),
     )
     ragged.store_means(layer, *sums)

@@ -250,8 +250,7 @@ class RaggedCache:
             capacity=int(rows.sum()) + rows.numel() * room,
             max_seqlen_k=int(rows.max()) + room,
         )
-        make: Callable[..., RaggedCache] = RaggedCache if allocate is None else allocate
-        other = make(shape, self.backend)
+        other = (allocate or RaggedCache)(shape, self.backend)
         other._lay_out(rows, evicted, room)
         cu_kept = torch.tensor([0, *accumulate(tokens.flatten().tolist())], dtype=torch.int32)
         cu_kept = to_device(cu_kept, self.k.device)
@@ -306,8 +305,8 @@ class RaggedCache:
             allocate: makes the copy, of its sizes or larger ones; arguments as for RaggedCache.
         """
         rows = sum(map(sum, self._capacities))
-        make: Callable[..., RaggedCache] = RaggedCache if allocate is None else allocate
-        other = make(dataclasses.replace(self.shape, capacity=rows), self.backend)
+        shape = dataclasses.replace(self.shape, capacity=rows)
+        other = (allocate or RaggedCache)(shape, self.backend)
         other._place(self._capacities)
         for mine, its in ((self.k, other.k), (self.v, other.v)):
             its[:rows].copy_(mine[:rows])

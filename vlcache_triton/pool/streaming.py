@@ -72,8 +72,7 @@ class StreamingCompressor(PromptCompressor):
             super().add(k, v, q, softmax_scale, softcap)
             return
         self._count(k, v)
-        layer = self.num_added - 1
-        stats = self.measure(layer, k, v, q, softmax_scale, softcap).post_vision
+        stats = self._measure(k, v, q, softmax_scale, softcap).post_vision
         self._density.append(layer_density(stats, self.prompt).cpu())
         bounds = self._bounds()
         for layer, pruned in enumerate(self._pruned):

@@ -20,6 +20,8 @@ from .policies import VL_CACHE, Policy, PromptStatistics
 from .prompt import Prompt
 from .statistics import LayerStats, prompt_statistics
 
+NO_ROW = torch.tensor(False)
+
 
 @dataclass(frozen=True)
 class CompressionPlan:
@@ -37,7 +39,7 @@ class CompressionPlan:
     evicted: `[num_layers, num_seqs, num_kv_heads]` int64 on the host, how many of the tokens a row
         of each KV head stands for; 0 where it has none, and None where none has.
     has_row: `[num_layers, num_seqs, num_kv_heads]` bool on the host, True where that row is there
-        from before, and takes nothing of head_keep; None where it nowhere is.
+        from before, and takes nothing of head_keep; NO_ROW where it nowhere is.
     """
 
     prompt: Prompt
@@ -46,7 +48,7 @@ class CompressionPlan:
     indices: Tensor
     cu_kept: Tensor
     evicted: Tensor | None = None
-    has_row: Tensor | None = None
+    has_row: Tensor = NO_ROW
 
     @property
     def num_kv_heads(self) -> int:
@@ -64,8 +66,7 @@ class CompressionPlan:
         """As head_keep, of tokens alone."""
         if self.evicted is None:
             return self.head_keep
-        is_new = self.evicted > 0 if self.has_row is None else (self.evicted > 0) & ~self.has_row
-        return self.head_keep - is_new.long()
+        return self.head_keep - ((self.evicted > 0) & ~self.has_row).long()
 
     def kept_positions(self, layer: int, seq: int) -> Tensor:
         """`[num_kv_heads, most kept by a head]` int32 on the device, ascending along the last
@@ -88,7 +89,7 @@ def make_plan(
     config: VLCacheConfig,
     backend: Backend,
     policy: Policy = VL_CACHE,
-    has_row: Tensor | None = None,
+    has_row: Tensor = NO_ROW,
 ) -> CompressionPlan:
     """Budgets from sparsity (eq. 2, Algorithm 1), then Top-K of the scores (recipe steps 3 to 5).
 
@@ -162,7 +163,7 @@ def plan_from_scores(
     config: VLCacheConfig,
     backend: Backend,
     keep: Tensor | None = None,
-    has_row: Tensor | None = None,
+    has_row: Tensor = NO_ROW,
 ) -> CompressionPlan:
     """The plan of scores that are ready to be ranked: make_plan without its statistics. No sync.
 
@@ -176,7 +177,7 @@ def plan_from_scores(
         keep = prompt_budgets(density, prompt, config)
     if keep.ndim == 2:
         head_keep = keep[..., None].expand(-1, -1, scores.shape[1])
-        any_row = None if has_row is None else has_row[..., 0]  # the same in all heads of a layer
+        any_row = has_row.any(-1)  # the same in all heads of a layer
         tokens = kept_tokens(keep, prompt, config, any_row)
         indices, cu_kept = select_kept(scores, tokens, prompt, config, backend)
     else:
@@ -220,7 +221,7 @@ def prompt_budgets(density: Tensor, prompt: Prompt, config: VLCacheConfig) -> Te
 
 
 def kept_tokens(
-    rows: Tensor, prompt: Prompt, config: VLCacheConfig, has_row: Tensor | None = None
+    rows: Tensor, prompt: Prompt, config: VLCacheConfig, has_row: Tensor = NO_ROW
 ) -> Tensor:
     """Tokens among the rows that are kept, `[num_layers, num_seqs, ...]` int64 on the host.
 
@@ -231,18 +232,17 @@ def kept_tokens(
     if config.remainder == "none":
         return rows
     is_new = (rows > 1) & (rows < _lengths_like(rows, prompt))
-    return rows - (is_new if has_row is None else is_new & ~has_row).long()
+    return rows - (is_new & ~has_row).long()
 
 
 def evicted_tokens(
-    rows: Tensor, prompt: Prompt, config: VLCacheConfig, has_row: Tensor | None = None
+    rows: Tensor, prompt: Prompt, config: VLCacheConfig, has_row: Tensor = NO_ROW
 ) -> Tensor | None:
     """How many tokens the row of each KV head stands for, as CompressionPlan has it."""
     if config.remainder == "none":
         return None
     tokens = kept_tokens(rows, prompt, config, has_row)
-    stands = tokens < rows if has_row is None else (tokens < rows) | has_row
-    return torch.where(stands, _lengths_like(rows, prompt) - tokens, 0)
+    return torch.where((tokens < rows) | has_row, _lengths_like(rows, prompt) - tokens, 0)
 
 
 def _lengths_like(rows: Tensor, prompt: Prompt) -> Tensor:

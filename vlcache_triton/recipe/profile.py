@@ -47,16 +47,14 @@ class HeadProfile:
 
     def heads(self, total: int, length: int, num_kv_heads: int) -> Tensor:
         """Tokens for each head, int64 `[num_layers, num_kv_heads]` on the host, `total` in all."""
-        losses = self._losses()
+        losses = torch.tensor(self.losses, dtype=torch.float64)
         return allocate(losses.flatten(0, 1), self.levels, total, length).view(losses.shape[:2])
 
     def layers(self, total: int, length: int) -> Tensor:
         """Tokens for a head of each layer, int64 `[num_layers]` on the host, `total` in all, where
         the heads of a layer are to keep equal numbers."""
-        return allocate(self._losses().sum(1), self.levels, total, length)
-
-    def _losses(self) -> Tensor:
-        return torch.tensor(self.losses, dtype=torch.float64)
+        losses = torch.tensor(self.losses, dtype=torch.float64).sum(1)
+        return allocate(losses, self.levels, total, length)
 
     def shares(self, budget: float) -> list[list[float]]:
         """Of the prompt, for each head: `[num_layers][num_kv_heads]`, whose mean is the budget."""
@@ -88,13 +86,12 @@ class HeadHits:
     window: int = 32
 
     def heads(self, total: int, length: int, num_kv_heads: int) -> Tensor:
-        """Tokens for each head, int64 `[num_layers, num_kv_heads]` on the host, `total` in all."""
+        """As `HeadProfile.heads`."""
         weights = self._weights(num_kv_heads)
         return self._share(weights.flatten(), total, length).view_as(weights)
 
     def layers(self, total: int, length: int) -> Tensor:
-        """Tokens for a head of each layer, int64 `[num_layers]` on the host, `total` in all, where
-        the heads of a layer are to keep equal numbers."""
+        """As `HeadProfile.layers`."""
         return self._share(self._weights(1).flatten(), total, length)
 
     def _share(self, weights: Tensor, total: int, length: int) -> Tensor:

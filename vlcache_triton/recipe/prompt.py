@@ -70,14 +70,11 @@ class Prompt:
 
     def starts(self, device: torch.device) -> Tensor:
         """`[num_seqs + 1]` int32: the flattened row where each prompt's first real token lies."""
-        rows = [i * self.padded_length + pad for i, pad in enumerate(self.pads)]
-        return torch.tensor(
-            [*rows, len(rows) * self.padded_length], dtype=torch.int32, device=device
-        )
+        return _rows(self, device)[0]
 
     def seqused(self, device: torch.device) -> Tensor:
         """`[num_seqs]` int32: tokens of each prompt, behind its start."""
-        return to_device(torch.tensor(self.lengths, dtype=torch.int32), device)
+        return _rows(self, device)[1]
 
     def pack_query_rows(self, q: Tensor) -> Tensor:
         """The post-vision rows of q `[num_seqs, num_heads, n, d]`, packed `[total_q, heads, d]`.
@@ -173,6 +170,13 @@ def _cu_seqlens(prompt: Prompt, device: torch.device) -> tuple[Tensor, Tensor]:
         lengths_k = [n for pair in pairs for n in pair]
         lengths_q = [n for rows in prompt.query_rows for n in (0, rows)]
     return _cumulate(lengths_q, device), _cumulate(lengths_k, device)
+
+
+@functools.lru_cache(maxsize=4)
+def _rows(prompt: Prompt, device: torch.device) -> tuple[Tensor, Tensor]:
+    starts = [*(span.start for span in prompt.spans), len(prompt.pads) * prompt.padded_length]
+    starts_, lengths = (torch.tensor(x, dtype=torch.int32) for x in (starts, prompt.lengths))
+    return to_device(starts_, device), to_device(lengths, device)
 
 
 def _cumulate(lengths: Iterable[int], device: torch.device) -> Tensor:

@@ -112,22 +112,17 @@ def prompt_statistics(
         stats: of each layer.
         attention: `[num_layers, num_kv_heads, total_k]`, the scores of the query rows.
     """
-    stacked: dict[str, Tensor] = {"attention": attention}
-    first = stats[0]
-    if first.guide is not None:
-        stacked["guide"] = torch.stack([s.guide for s in stats if s.guide is not None])
-    if first.outside is not None:
-        stacked["outside"] = torch.stack([s.outside for s in stats if s.outside is not None])
-    key_values = [s.key_values for s in stats if s.key_values is not None]
-    if key_values:
-        stacked["key_cosine"] = torch.stack([x.key_cosine for x in key_values])
-        stacked["value_norm"] = torch.stack([x.value_norm for x in key_values])
-    norms = [x.mean_key_norm for x in key_values]
+    layers = [s._asdict() | (s.key_values._asdict() if s.key_values else {}) for s in stats]
+    names = ("guide", "outside", "key_cosine", "value_norm", "mean_key_norm")
+    asked = [name for name in names if layers[0].get(name) is not None]
+    stacked = {name: torch.stack([layer[name] for layer in layers]) for name in asked}
+    norms = stacked.pop("mean_key_norm", None)  # of each prompt, the others of each token
     return [
         PromptStatistics(
+            attention[..., span],
             **{name: x[..., span] for name, x in stacked.items()},
             is_visual=is_visual,
-            mean_key_norm=torch.stack([x[i] for x in norms]) if norms else None,
+            mean_key_norm=None if norms is None else norms[:, i],
         )
         for i, (span, is_visual) in enumerate(zip(prompt.spans, prompt.visual_tokens, strict=True))
     ]

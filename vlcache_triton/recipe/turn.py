@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 from itertools import accumulate
 
 import torch
@@ -152,9 +152,9 @@ class TurnCompressor:
                 evicted = plan.evicted.flatten(1)
         indices, tokens = _behind(old, has_row, new, chosen), old + new
         if self._is_bound:
-            rows = tokens + ((has_row + evicted) > 0).long()
-            keep = self._bounded(rows.view(by_head)).flatten(1)
             stands = has_row + evicted > 0
+            rows = tokens + stands.long()
+            keep = self._bounded(rows.view(by_head)).flatten(1)
             if self.config.remainder != "none":
                 stands |= keep < rows
             fewer = keep - stands.long()
@@ -205,39 +205,33 @@ class TurnCompressor:
         return torch.cat(kept).int()
 
 
+@dataclass
 class _TurnAttention:
     """`post_vision_stats` of the last rows of a pass, over the segments of one layer: of the tokens
     that a prompt has there, among all that the rows see.
 
+    others: rows that are measured of a sequence without query rows, for the scores alone.
     scores: `[num_segments, max_seqlen_k]` fp32, of the latest call, of all tokens.
-
-    Args:
-        others: rows that are measured of a sequence without query rows, for the scores alone.
     """
 
-    scores: Tensor
+    q: Tensor
+    k: Tensor
+    seqused_k: Tensor
+    softmax_scale: float
+    first_key_bias: Tensor | None
+    softcap: float
+    prompt: InitVar[Prompt]
+    others: Sequence[int]
+    scores: Tensor = field(init=False)
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        seqused_k: Tensor,
-        softmax_scale: float,
-        first_key_bias: Tensor | None,
-        softcap: float,
-        prompt: Prompt,
-        others: Sequence[int],
-    ) -> None:
-        self.q, self.k, self.seqused_k, self.others = q, k, seqused_k, others
-        self.softmax_scale, self.softcap = softmax_scale, softcap
-        self.first_key_bias = first_key_bias
-        self.num_kv_heads = len(seqused_k) // len(q)
+    def __post_init__(self, prompt: Prompt) -> None:
+        self.num_kv_heads = len(self.seqused_k) // len(self.q)
         counts = torch.tensor([prompt.lengths, prompt.pads]).repeat_interleave(self.num_kv_heads, 1)
-        lengths, pads = to_device(counts, q.device)
-        self.first = seqused_k - lengths
+        lengths, pads = to_device(counts, self.q.device)
+        self.first = self.seqused_k - lengths
         # Where the prompt's rows are; pads are anywhere.
-        column = torch.arange(prompt.padded_length, device=q.device) - pads[:, None]
-        self.columns = (self.first[:, None] + column.clamp(min=0)).clamp(max=k.shape[1] - 1)
+        column = torch.arange(prompt.padded_length, device=pads.device) - pads[:, None]
+        self.columns = (self.first[:, None] + column.clamp(min=0)).clamp(max=self.k.shape[1] - 1)
 
     def rows_of(self, x: Tensor) -> Tensor:
         """The prompt's rows `[num_seqs * padded_length, num_kv_heads, d]` of k or v."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .policy import Policy, PromptStatistics
 from .rows import before, keep_window, last_rows
-from .sharing import adaptive_heads
+from .sharing import by_scores
 
 
 def defensivekv(window: int = 32, pool: int = 5, *, across_layers: bool = False) -> Policy:
@@ -29,7 +29,7 @@ def defensivekv(window: int = 32, pool: int = 5, *, across_layers: bool = False)
         "defensivekv_all" if across_layers else "defensivekv",
         last_rows(window),
         keep_window(window, partial(floored, window)),
-        partial(_by_score, across_layers),
+        partial(by_scores, across_layers=across_layers),
         choices={
             "allocation": "uniform",
             "row_reduction": "max",
@@ -44,9 +44,3 @@ def floored(window: int, statistics: PromptStatistics) -> Tensor:
     scores = statistics.attention
     least = scores[..., : max(before(window, scores), 1)].mean(-1, keepdim=True)
     return torch.maximum(scores, least)
-
-
-def _by_score(
-    across_layers: bool, scores: Tensor, statistics: PromptStatistics, keep: Tensor
-) -> Tensor:
-    return adaptive_heads(scores, keep, across_layers=across_layers)

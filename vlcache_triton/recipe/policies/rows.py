@@ -34,15 +34,12 @@ def keep_window(window: int, score: Scoring | None = None) -> Scoring:
 
 def _window_first(window: int, score: Scoring | None, statistics: PromptStatistics) -> Tensor:
     scores = statistics.attention if score is None else score(statistics)
-    return torch.cat([scores[..., : before(window, scores)], _first(window, scores)], -1)
+    ranked = scores[..., : before(window, scores)]
+    window = scores.shape[-1] - ranked.shape[-1]  # of a short prompt all of it
+    ranks = FIRST_RANK + torch.arange(window, device=scores.device)
+    return torch.cat([ranked, ranks.to(scores).expand(*scores.shape[:-1], -1)], -1)
 
 
 def before(window: int, scores: Tensor) -> int:
     """How many tokens come before the last `window`."""
     return max(scores.shape[-1] - window, 0)
-
-
-def _first(window: int, scores: Tensor) -> Tensor:
-    ranked = scores[..., before(window, scores) :]
-    ranks = FIRST_RANK + torch.arange(ranked.shape[-1], device=scores.device)
-    return ranks.to(scores).expand_as(ranked)

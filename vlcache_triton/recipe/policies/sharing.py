@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..budgets import share_out
+from .policy import PromptStatistics
 
 
 def adaptive_heads(
@@ -36,6 +39,11 @@ def adaptive_heads(
     is_taken = torch.arange(competing.shape[1], device=device) < totals.to(device)[:, None]
     counts = torch.zeros(len(head), head.shape[1] // length, dtype=torch.int64, device=device)
     return counts.scatter_add_(1, head, is_taken.long()).view(num_layers, num_heads).cpu()
+
+
+def by_scores(scores: Tensor, statistics: PromptStatistics, keep: Tensor, **options: Any) -> Tensor:
+    """`Policy.share_heads`, by adaptive_heads and its options."""
+    return adaptive_heads(scores, keep, **options)
 
 
 def layers_by(weights: Tensor, keep: Tensor, num_heads: int, length: int) -> Tensor:
