@@ -126,7 +126,9 @@ class VLCacheAttnBackend(TritonAttnBackend):
                 self.ops,
             )
         if layer.layer_id == max(self.layers) and self.ending:
-            self._compress(self.ending)
+            prompts, settings = self.ending, self.settings
+            plan = plan_prompts(prompts, settings.config, self.ranks, self.ops, settings.profile)
+            pack_prompts(prompts, plan, self.pool, self.req_to_token, self.layout, self.ops)
         return out
 
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
@@ -173,13 +175,6 @@ class VLCacheAttnBackend(TritonAttnBackend):
             runner.max_running_requests,
             0 if decode.backend == "disabled" else decode.max_bs or 0,
         )
-
-    # ---- compression
-
-    def _compress(self, prompts: list[TrackedPrompt]) -> None:
-        settings = self.settings
-        plan = plan_prompts(prompts, settings.config, self.ranks, self.ops, settings.profile)
-        pack_prompts(prompts, plan, self.pool, self.req_to_token, self.layout, self.ops)
 
     def _empty_step(self, num_seqs: int, max_blocks: int) -> DecodeStep:
         return DecodeStep.empty(num_seqs, max_blocks, self.num_biased_heads, self.device)

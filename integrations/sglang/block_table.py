@@ -31,12 +31,12 @@ PROGRAMS = 8  # of a request: they share its live entries out, so a wide table c
 class PackedLayout:
     """Of each row of req_to_token, how its prompt is packed. Zeros where it is not.
 
-    table: `[2 * num_layers + 3, num_rows]` int32, of which the others are views.
-    prompt_end: `[num_rows]`, m: slots from here on hold one token each, as SGLang has them.
-    first_slot: `[num_rows]`, position in the row of the first of the prompt's slots.
-    first_cell: `[num_layers + 1, num_rows]`, Σ_{i<l} k_i.
-    first_key_bias: `[num_layers, num_rows]` fp32, log(n) where a layer's first row is the mean of n
-        evicted ones, else 0.
+    table: `[2 * num_layers + 3, num_rows]` int32, one behind the other:
+        prompt_end `[num_rows]`, m: slots from here on hold one token each, as SGLang has them;
+        first_slot `[num_rows]`, position in the row of the first of the prompt's slots;
+        first_cell `[num_layers + 1, num_rows]`, Σ_{i<l} k_i;
+        first_key_bias `[num_layers, num_rows]`, the bits of fp32: log(n) where a layer's first row
+        is the mean of n evicted ones, else 0.
     """
 
     table: Tensor
@@ -49,22 +49,6 @@ class PackedLayout:
     @property
     def num_layers(self) -> int:
         return (len(self.table) - 3) // 2
-
-    @property
-    def prompt_end(self) -> Tensor:
-        return self.table[0]
-
-    @property
-    def first_slot(self) -> Tensor:
-        return self.table[1]
-
-    @property
-    def first_cell(self) -> Tensor:
-        return self.table[2 : self.num_layers + 3]
-
-    @property
-    def first_key_bias(self) -> Tensor:
-        return self.table[self.num_layers + 3 :].view(torch.float32)
 
     def reset(self, rows: Tensor) -> None:
         """These rows were given to new requests."""
@@ -142,15 +126,17 @@ def fill_block_table(
     num_seqs, max_blocks = step.block_table.shape
     bias = step.first_key_bias
     num_kv_heads = 1 if bias is None else len(bias) // num_seqs
+    sizes = [1, 1, layout.num_layers + 1, layout.num_layers]
+    prompt_end, first_slot, first_cell, first_key_bias = layout.table.split(sizes)
     with torch.cuda.device_of(req_to_token):
         _block_table_kernel[(num_seqs, min(triton.cdiv(max_blocks, BLOCK), PROGRAMS))](
             req_to_token,
             req_pool_indices,
             seq_lens,
-            layout.prompt_end,
-            layout.first_slot,
-            layout.first_cell,
-            layout.first_key_bias,
+            prompt_end,
+            first_slot,
+            first_cell,
+            first_key_bias.view(torch.float32),
             step.block_table,
             step.seqused_k,
             bias,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 from vlcache_triton.recipe.config import VLCacheConfig
 
 from .prompts import slots_needed
@@ -19,14 +21,11 @@ def longest_prompt(
     running: int, most: int, slots: int, num_layers: int, config: VLCacheConfig
 ) -> int:
     """The longest image prompt, of at most `most` tokens, of which so many run at once."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        if running_at_once(middle, slots, num_layers, config) >= running:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+
+    def is_too_long(length: int) -> bool:
+        return running_at_once(length, slots, num_layers, config) < running
+
+    return bisect_left(range(1, most + 1), True, key=is_too_long)
 
 
 def describe_fit(

@@ -42,7 +42,7 @@ class Settings:
         share = (
             f"{config.budget} tokens a layer"
             if isinstance(config.budget, int)
-            else (f"{config.budget:.0%} of the prompt's KV cache")
+            else f"{config.budget:.0%} of the prompt's KV cache"
         )
         whose = "prompts with an image keep" if config.text_window is None else "prompts keep"
         changed = [
