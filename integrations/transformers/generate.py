@@ -169,8 +169,9 @@ class LeanLoop:
                 " (model.generate has the others)"
             )
         config, cache = kwargs.pop("generation_config"), kwargs[CACHE]
-        sampling = Sampling(config, static_warpers(kwargs.pop("logits_processor")))
-        check_stopping(kwargs.pop("stopping_criteria"))
+        processors = kwargs.pop("logits_processor")
+        check_static(processors, kwargs.pop("stopping_criteria"))
+        sampling = Sampling(config, processors)
         self._take_over(cache)
         logits = prefill_logits(model, input_ids, config, kwargs)
         step = self._first_step(cache, sampling, input_ids, logits)
@@ -237,22 +238,17 @@ def _next_position(cache: VLCache, logits: Tensor) -> Tensor:
     return cache.position_ids + 1
 
 
-def static_warpers(processors: Sequence[Any]) -> list[Any]:
-    """The processors, if a captured step may call them; refused by name else."""
-    for processor in processors:
-        if not isinstance(processor, (*STATIC_WARPERS, RepetitionPenaltyLogitsProcessor)):
-            raise NotImplementedError(
-                f"session.generate: got {type(processor).__name__}, expected temperature, top_k,"
-                " top_p, min_p or repetition_penalty (model.generate has the others)"
-            )
-    return list(processors)
-
-
-def check_stopping(criteria: Sequence[Any]) -> None:
-    """Refuse what is neither a length nor an end token, by name."""
-    for criterion in criteria:
-        if not isinstance(criterion, (EosTokenCriteria, MaxLengthCriteria)):
-            raise NotImplementedError(
-                f"session.generate: got {type(criterion).__name__}, expected max_new_tokens and"
-                " eos_token_id alone (model.generate has the others)"
-            )
+def check_static(processors: Sequence[Any], criteria: Sequence[Any]) -> None:
+    """Refuse, by name, what a captured step may not call, and ends but lengths and end tokens."""
+    warpers = (*STATIC_WARPERS, RepetitionPenaltyLogitsProcessor)
+    ends = (EosTokenCriteria, MaxLengthCriteria)
+    for given, known, expected in (
+        (processors, warpers, "temperature, top_k, top_p, min_p or repetition_penalty"),
+        (criteria, ends, "max_new_tokens and eos_token_id alone"),
+    ):
+        for x in given:
+            if not isinstance(x, known):
+                raise NotImplementedError(
+                    f"session.generate: got {type(x).__name__}, expected {expected}"
+                    " (model.generate has the others)"
+                )

@@ -14,7 +14,6 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from vlcache_triton.pool.rings import WindowRings
 from vlcache_triton.recipe.prompt import Prompt
 
 from .contents import Contents, Empty
@@ -148,11 +147,6 @@ class WindowLayer(ContentsLayer, DynamicSlidingWindowLayer):
         super().__init__(window)
         self.contents, self.index = contents, index
 
-    @property
-    def rings(self) -> WindowRings | None:
-        """Where its rows are, once they are not in the layer."""
-        return None if self.contents.packed is None else self.contents.packed.rings
-
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """Store a step's K and V `[num_seqs, num_kv_heads, n, d]`; what to attend to comes back."""
         packed = self.contents.packed
@@ -186,7 +180,10 @@ class WindowLayer(ContentsLayer, DynamicSlidingWindowLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(0, 0) for a ring, whose mask is its own."""
-        return super().get_mask_sizes(query_length) if self.rings is None else (0, 0)
+        packed = self.contents.packed
+        if packed is None or packed.rings is None:
+            return super().get_mask_sizes(query_length)
+        return 0, 0
 
 
 class StateLayer(ContentsLayer, LinearAttentionLayer):

@@ -21,7 +21,7 @@ from vlcache_triton.recipe.policies import Policy
 from vlcache_triton.recipe.report import CompressionReport
 
 from .cache import MAX_HEAD_ROOM, VLCache
-from .generate import LeanLoop, check_stopping, static_warpers
+from .generate import LeanLoop, check_static
 from .graph import DecodeGraphs
 from .rope_state import RopeState
 from .support import check_lean, describe_model
@@ -162,8 +162,8 @@ class Session:
         """
         self._check_open("generate")
         check_lean(self.model, kwargs)
-        static_warpers(kwargs.get("logits_processor") or [])
-        check_stopping(kwargs.get("stopping_criteria") or [])
+        given = (kwargs.get(name) or [] for name in ("logits_processor", "stopping_criteria"))
+        check_static(*given)
         loop = LeanLoop(self.model, self._forward, self.graphs, self.allocator, on_tokens)
         generate: Any = self.model.generate
         return generate(**kwargs, custom_generate=loop)

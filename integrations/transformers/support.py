@@ -1,4 +1,5 @@
-"""What is not supported is refused here, by name, before any work."""
+"""What is not supported is refused here, by name, before any work: by NotImplementedError, or by
+ValueError where the caller can give something else."""
 
 from __future__ import annotations
 
@@ -93,11 +94,7 @@ def unobserved(model: PreTrainedModel) -> RuntimeError:
 
 
 def layer_types(text_config: PreTrainedConfig) -> list[str]:
-    """The attention type of each layer of the language model.
-
-    Raises:
-        NotImplementedError: for types that are neither full attention nor kept as they are.
-    """
+    """The attention type of each layer of the language model, all full or kept as they are."""
     types = getattr(text_config, "layer_types", None)
     if types is None:
         if getattr(text_config, "sliding_window", None) is not None:
@@ -115,11 +112,7 @@ def layer_types(text_config: PreTrainedConfig) -> list[str]:
 
 
 def window_of(text_config: PreTrainedConfig) -> tuple[int, bool]:
-    """The tokens that layers with a window see, and whether these are chunks; (0, False) without.
-
-    Raises:
-        NotImplementedError: for a model with layers of both kinds.
-    """
+    """(tokens that layers with a window see, whether these are chunks); (0, False) without."""
     types = set(layer_types(text_config)) & set(WINDOW_TYPES)
     if len(types) > 1:
         raise NotImplementedError(f"model: got layers of types {sorted(types)}, expected one kind")
@@ -141,11 +134,7 @@ def describe_model(config: PreTrainedConfig) -> str:
 
 
 def check_choices(config: Any, policy: Any, streaming: bool) -> None:
-    """Refuse what is not a configuration or a policy, and policies that cannot stream.
-
-    Raises:
-        NotImplementedError, ValueError: naming the argument.
-    """
+    """Refuse what is not a configuration or a policy, and policies that cannot stream."""
     if not isinstance(config, VLCacheConfig):
         raise ValueError(
             f"config: got {config!r}, expected a VLCacheConfig (a share goes by its name:"
@@ -163,22 +152,14 @@ def check_choices(config: Any, policy: Any, streaming: bool) -> None:
 
 
 def check_made_for(policy: Policy, model_config: PreTrainedConfig) -> None:
-    """Refuse a policy that is for another model.
-
-    Raises:
-        ValueError: naming both models.
-    """
+    """Refuse a policy that is for another model."""
     model = describe_model(model_config)
     if policy.made_for not in (None, model):
         raise ValueError(f"policy: got one made for {policy.made_for}, expected one for {model}")
 
 
 def check_kind(model: Any) -> None:
-    """Refuse what is no plain model of Transformers, naming the one within.
-
-    Raises:
-        ValueError: naming the class.
-    """
+    """Refuse what is no plain model of Transformers, naming the one within."""
     expected = None
     if hasattr(model, "get_base_model"):
         expected = "its get_base_model(), which runs the adapter as well"
@@ -198,11 +179,7 @@ def check_kind(model: Any) -> None:
 
 
 def check_config(config: PreTrainedConfig) -> None:
-    """Refuse models on which VL-Cache is not defined, as far as their configuration tells.
-
-    Raises:
-        NotImplementedError: naming the model type and the reason.
-    """
+    """Refuse models on which VL-Cache is not defined, as far as their configuration tells."""
     text_config = config.get_text_config(decoder=True)
     for model_type in (config.model_type, text_config.model_type):
         for family, reason in REFUSED_FAMILIES.items():
@@ -230,11 +207,7 @@ def _of_a_layer(config: PreTrainedConfig, name: str) -> Any:
 
 
 def check_model(model: PreTrainedModel) -> None:
-    """Refuse models on which VL-Cache is not defined, saying why.
-
-    Raises:
-        NotImplementedError: naming the model type and the reason.
-    """
+    """Refuse models on which VL-Cache is not defined, saying why."""
     check_config(model.config)
     text_model = text_model_of(model)
     if not text_model._can_set_attn_implementation():
@@ -247,20 +220,12 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def check_generate(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
-    """Refuse what `generate` cannot do on a compressed cache, by its arguments.
-
-    Raises:
-        NotImplementedError, ValueError: naming the argument.
-    """
-
-    def choice(name: str) -> Any:
-        return _choice(model, kwargs, name)
-
-    for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
+    """Refuse what `generate` cannot do on a compressed cache, by its arguments."""
+    choice = functools.partial(_choice, model, kwargs)
+    assisted = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens")
+    for name in (*assisted, "prefill_chunk_size"):
         if choice(name) is not None:
             raise NotImplementedError(f"{name}: got {choice(name)!r}, expected None with vl_cache")
-    if choice("assistant_early_exit") is not None:
-        raise NotImplementedError("assistant_early_exit: expected None with vl_cache")
     # "hybrid" stands in old checkpoints of models with windows; Transformers itself drops it.
     if choice("cache_implementation") not in (None, "hybrid"):
         raise NotImplementedError(
@@ -285,11 +250,7 @@ def check_generate(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
 
 
 def check_lean(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
-    """Refuse what session.generate's lean loop does not do.
-
-    Raises:
-        NotImplementedError: naming the argument.
-    """
+    """Refuse what session.generate's lean loop does not do."""
     for name, nothing in NOT_LEAN.items():
         value = _choice(model, kwargs, name)
         if value is not None and value != nothing:
