@@ -9,21 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from . import options
 from .console import UserError, count, files, print_json, progress, right
 from .eval import SUITE_NAMES, DataOption, LongestOption, PagesOption
-from .options import (
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    JsonOption,
-    ModelOption,
-    PolicyName,
-    PolicyOption,
-    Preset,
-    PresetOption,
-    checked_config,
-    checked_names,
-)
 
 if TYPE_CHECKING:
     from vlcache_triton.recipe.profile import HeadProfile
@@ -34,7 +22,7 @@ SHOWN_BUDGET = 0.1
 
 
 def calibrate(
-    model: ModelOption = None,
+    model: options.ModelOption = None,
     data: DataOption = None,
     pages: PagesOption = 6,
     suite: Annotated[
@@ -45,15 +33,15 @@ def calibrate(
             show_default="; ".join(CALIBRATION_SUITES),
         ),
     ] = None,
-    policy: PolicyOption = PolicyName.vl_cache,
-    preset: PresetOption = Preset.paper,
+    policy: options.PolicyOption = options.PolicyName.vl_cache,
+    preset: options.PresetOption = options.Preset.paper,
     max_new_tokens: LongestOption = 32,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the profile goes.")] = Path(
         "profile.json"
     ),
-    device: DeviceOption = None,
-    dtype: DtypeOption = Dtype.auto,
-    json: JsonOption = False,
+    device: options.DeviceOption = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    json: options.JsonOption = False,
 ) -> None:
     """Measure how much answers lose as one KV head alone keeps 1, 3, 10 or 30 % of the prompt.
 
@@ -66,8 +54,8 @@ def calibrate(
         raise UserError("data: got none, expected questions for a model of your own (--data)")
     if data is not None and suite:
         raise UserError("suite: got one with --data, expected it without")
-    suites = checked_names("suite", suite or CALIBRATION_SUITES, SUITE_NAMES)
-    config = checked_config(SHOWN_BUDGET, preset, policy)
+    suites = options.checked_names("suite", suite or CALIBRATION_SUITES, SUITE_NAMES)
+    config = options.checked_config(SHOWN_BUDGET, preset, policy)
     from vlcache_triton.apps.evaluation import Variant
     from vlcache_triton.apps.evaluation.calibrate import calibrate as measure
 
@@ -80,7 +68,7 @@ def calibrate(
     about = f"{count(pages, 'synthetic form')} of each of {', '.join(map(repr, suites))}"
     if data is not None:
         about = f"{count(len(items), 'question')} of {data.name}"
-    ranked_by = policy.value if preset is Preset.paper else preset.value
+    ranked_by = policy.value if preset is options.Preset.paper else preset.value
     variant = Variant(ranked_by, config, policy.load())
     asked = (question.load() for question in questions)
     queries = ((query, item.max_new_tokens) for item, query in asked)

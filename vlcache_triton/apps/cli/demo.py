@@ -12,37 +12,26 @@ import typer
 
 from vlcache_triton import VLCacheConfig
 
+from . import options
 from .console import files, print_json, progress, waiting
 from .demo_tables import print_demo
-from .options import (
-    FORM_READER_BUDGETS,
-    PRESET_HELP,
-    BudgetOption,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    JsonOption,
-    PolicyName,
-    PolicyOption,
-    Preset,
-    StreamingOption,
-    checked_config,
-)
 
 if TYPE_CHECKING:
     from vlcache_triton.apps.formreader import Dialogue, Task
 
     from .vlm import Answer
 
-DEFAULT_PRESET = Preset.tuned
-DEFAULT_BUDGET = FORM_READER_BUDGETS[DEFAULT_PRESET]
+DEFAULT_PRESET = options.Preset.tuned
+DEFAULT_BUDGET = options.FORM_READER_BUDGETS[DEFAULT_PRESET]
 DEFAULT_SEED = 6  # the first page that is read without a mistake from a tenth of the cache as well
 SWEEP = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
 
 
 DemoPresetOption = Annotated[
-    Preset | None,
-    typer.Option(metavar="NAME", help=PRESET_HELP, show_default="tuned; paper with another policy"),
+    options.Preset | None,
+    typer.Option(
+        metavar="NAME", help=options.PRESET_HELP, show_default="tuned; paper with another policy"
+    ),
 ]
 QuestionsOption = Annotated[int, typer.Option(min=1, max=100, metavar="N", help="How many to ask.")]
 SeedOption = Annotated[int, typer.Option(metavar="N", help="Another seed is another page.")]
@@ -52,18 +41,18 @@ SweepOption = Annotated[bool, typer.Option("--sweep", help="Show where answers b
 
 
 def demo(
-    budget: BudgetOption = DEFAULT_BUDGET,
-    policy: PolicyOption = PolicyName.vl_cache,
+    budget: options.BudgetOption = DEFAULT_BUDGET,
+    policy: options.PolicyOption = options.PolicyName.vl_cache,
     preset: DemoPresetOption = None,
-    streaming: StreamingOption = False,
+    streaming: options.StreamingOption = False,
     questions: QuestionsOption = 5,
     seed: SeedOption = DEFAULT_SEED,
     fields: FieldsOption = 8,
     out: PageOption = Path("vlcache-demo.png"),
     sweep: SweepOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = Dtype.auto,
-    json: JsonOption = False,
+    device: options.DeviceOption = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    json: options.JsonOption = False,
 ) -> None:
     """Draw a form, ask the embedded model about it; answer from the full and a smaller KV cache.
 
@@ -73,8 +62,8 @@ def demo(
     decoding together.
     """
     if preset is None:
-        preset = DEFAULT_PRESET if policy is PolicyName.vl_cache else Preset.paper
-    config = checked_config(budget, preset, policy, streaming)
+        preset = DEFAULT_PRESET if policy is options.PolicyName.vl_cache else options.Preset.paper
+    config = options.checked_config(budget, preset, policy, streaming)
     with waiting("starting"):
         from vlcache_triton.apps.formreader import draw_form, render_form
 
@@ -90,7 +79,7 @@ def demo(
     vlm = VisionLanguageModel(None, device=device, dtype=dtype.value)
     ask = functools.partial(vlm.answer, policy=policy.load(), streaming=streaming)
     lossless = VLCacheConfig(budget=1.0)
-    swept = [checked_config(b, preset, policy) for b in SWEEP if sweep]
+    swept = [options.checked_config(b, preset, policy) for b in SWEEP if sweep]
     inputs = [vlm.encode([page], question.text) for question in dialogue.questions]
     answers = _ask_all(ask, inputs, dict.fromkeys((lossless, config, *swept)))
     full, compressed = answers[lossless], answers[config]

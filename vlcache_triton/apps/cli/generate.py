@@ -7,41 +7,25 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from . import options
 from .console import print_json, progress, size, waiting
-from .options import (
-    FORM_READER_BUDGETS,
-    BudgetOption,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    ImageOption,
-    JsonOption,
-    ModelOption,
-    PolicyName,
-    PolicyOption,
-    Preset,
-    PresetOption,
-    PromptOption,
-    StreamingOption,
-    checked_config,
-)
 
 if TYPE_CHECKING:
     from .vlm import Answer
 
 
 def generate(
-    image: ImageOption,
-    prompt: PromptOption,
-    model: ModelOption = None,
-    budget: BudgetOption = 0.1,
-    policy: PolicyOption = PolicyName.vl_cache,
-    preset: PresetOption = Preset.paper,
-    streaming: StreamingOption = False,
+    image: options.ImageOption,
+    prompt: options.PromptOption,
+    model: options.ModelOption = None,
+    budget: options.BudgetOption = 0.1,
+    policy: options.PolicyOption = options.PolicyName.vl_cache,
+    preset: options.PresetOption = options.Preset.paper,
+    streaming: options.StreamingOption = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer.")] = 128,
-    device: DeviceOption = None,
-    dtype: DtypeOption = Dtype.auto,
-    json: JsonOption = False,
+    device: options.DeviceOption = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    json: options.JsonOption = False,
 ) -> None:
     """Answer a prompt about images from a compressed KV cache, greedily.
 
@@ -49,7 +33,7 @@ def generate(
     may bring code of its own. Bytes are those of the prompt's cache: generated tokens are never
     compressed.
     """
-    config = checked_config(budget, preset, policy, streaming)
+    config = options.checked_config(budget, preset, policy, streaming)
     with waiting("starting"):
         from .vlm import VisionLanguageModel, open_images
 
@@ -86,10 +70,12 @@ def generate(
     )
 
 
-def _note(model: str | None, budget: float, policy: PolicyName, preset: Preset) -> str | None:
+def _note(
+    model: str | None, budget: float, policy: options.PolicyName, preset: options.Preset
+) -> str | None:
     """What to say of a budget that the embedded model does not bear."""
-    borne = FORM_READER_BUDGETS[preset]
-    if model is not None or budget >= borne or policy is PolicyName.full:
+    borne = options.FORM_READER_BUDGETS[preset]
+    if model is not None or budget >= borne or policy is options.PolicyName.full:
         return None
     return (
         f"form-reader bears budgets down to {borne:g} with --preset {preset.value}; at {budget:g}"

@@ -12,22 +12,8 @@ from rich.table import Table
 
 from vlcache_triton import VLCacheConfig
 
+from . import options
 from .console import UserError, bar, files, print_json, right, size, waiting
-from .options import (
-    BudgetOption,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    ImageOption,
-    JsonOption,
-    ModelOption,
-    PolicyName,
-    PolicyOption,
-    Preset,
-    PresetOption,
-    PromptOption,
-    checked_config,
-)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -47,16 +33,16 @@ DrawOption = Annotated[
 
 
 def inspect(
-    image: ImageOption,
-    prompt: PromptOption,
-    model: ModelOption = None,
-    budget: BudgetOption = 0.1,
-    policy: PolicyOption = PolicyName.vl_cache,
-    preset: PresetOption = Preset.paper,
+    image: options.ImageOption,
+    prompt: options.PromptOption,
+    model: options.ModelOption = None,
+    budget: options.BudgetOption = 0.1,
+    policy: options.PolicyOption = options.PolicyName.vl_cache,
+    preset: options.PresetOption = options.Preset.paper,
     out: DrawOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = Dtype.auto,
-    json: JsonOption = False,
+    device: options.DeviceOption = None,
+    dtype: options.DtypeOption = options.Dtype.auto,
+    json: options.JsonOption = False,
 ) -> None:
     """Show the sparsity that each layer's attention has on a prompt, and what it may keep.
 
@@ -64,9 +50,9 @@ def inspect(
     below 1 % of their row's maximum (the paper's γ', eq. 2); with another policy, of the rows that
     it scores by. Nothing is generated.
     """
-    config = checked_config(budget, preset, policy)
-    if config.is_lossless or policy is PolicyName.full:
-        name, got = ("policy", "full") if policy is PolicyName.full else ("budget", 1)
+    config = options.checked_config(budget, preset, policy)
+    if config.is_lossless or policy is options.PolicyName.full:
+        name, got = ("policy", "full") if policy is options.PolicyName.full else ("budget", 1)
         raise UserError(f"{name}: got {got}, which keeps all and measures nothing")
     with waiting("starting"):
         from vlcache_triton.apps.evaluation import Variant

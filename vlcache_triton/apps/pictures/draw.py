@@ -54,28 +54,25 @@ def draw_report(
     paths = [_draw_budgets(folder / "budgets.png", plan, layers)]
     normalised = scores / scores.sum(-1, keepdim=True).clamp(min=1e-12)
     ranking = normalised.mean((0, 1)).cpu()  # [length]
-    heads = plan.num_kv_heads
+    heads, total = plan.num_kv_heads, len(layers) * plan.num_kv_heads
+    of_all = _count_scale(total, f"of all {total} ({len(layers)} layers × {heads})")
+    of_layer = _count_scale(heads, f"of the layer's {heads}")
+    quarters = {x / 4: f"{x / 4:.0%}" for x in range(5)}
+    of_score = Scale("share of the highest score on this image", quarters)
     for i, grid in enumerate(grids, 1):
         fallback = images[min(i, len(images)) - 1]
         page = grid.pixels if grid.pixels is not None else _pixels(fallback)
         held = kept[:, grid.positions]  # [num_layers, rows, columns]
-        title = f"{held.mean():.0%} of this image's tokens kept"
-        total = len(layers) * heads
-        scale = _count_scale(total, f"of all {total} ({len(layers)} layers × {heads})")
-        path = folder / f"kept-{i}.png"
-        paths.append(_draw_maps(path, page, held.mean(0)[None], [title], scale))
-        titles = [f"layer {n}: {x.mean():.0%}" for n, x in zip(layers, held, strict=True)]
-        path = folder / f"layers-{i}.png"
-        scale = _count_scale(heads, f"of the layer's {heads}")
-        paths.append(_draw_maps(path, page, held, titles, scale))
         heat = ranking[grid.positions]
         heat = heat / heat.max().clamp(min=1e-12)
-        title = "score ψ, mean over layers and heads"
-        scale = Scale(
-            "share of the highest score on this image", {x / 4: f"{x / 4:.0%}" for x in range(5)}
-        )
-        path = folder / f"scores-{i}.png"
-        paths.append(_draw_maps(path, page, heat[None], [title], scale))
+        share = f"{held.mean():.0%} of this image's tokens kept"
+        by_layer = [f"layer {n}: {x.mean():.0%}" for n, x in zip(layers, held, strict=True)]
+        for name, maps, titles, scale in (
+            ("kept", held.mean(0)[None], [share], of_all),
+            ("layers", held, by_layer, of_layer),
+            ("scores", heat[None], ["score ψ, mean over layers and heads"], of_score),
+        ):
+            paths.append(_draw_maps(folder / f"{name}-{i}.png", page, maps, titles, scale))
     return paths
 
 
