@@ -76,7 +76,9 @@ class PromptCompressor:
             num_kv_heads = self._rows[0][0].shape[1]
             plan = whole_plan(self.prompt, self.num_layers, num_kv_heads, device)
         self._stats = []
-        ragged = self._allocate(plan, head_room, *self._rows[0], allocate)
+        shape = shape_of(plan, head_room, *self._rows[0], self.config.remainder != "none")
+        ragged = allocate(shape, self.backend)
+        ragged.lay_out(plan, head_room)
         for layer, rows in enumerate(self._rows):
             store_means(plan, ragged, layer, *rows)
         k, v = zip(*self._rows, strict=True)
@@ -96,19 +98,6 @@ class PromptCompressor:
         asked = (self.prompt, self.config, self.backend, self.policy)
         layer = self.num_added - 1
         return measure_layer(layer, k, v, q, softmax_scale, *asked, softcap=softcap)
-
-    def _allocate(
-        self,
-        plan: CompressionPlan,
-        head_room: int,
-        k_like: Tensor,
-        v_like: Tensor,
-        allocate: Callable[..., RaggedCache],
-    ) -> RaggedCache:
-        shape = shape_of(plan, head_room, k_like, v_like, self.config.remainder != "none")
-        ragged = allocate(shape, self.backend)
-        ragged.lay_out(plan, head_room)
-        return ragged
 
 
 def shape_of(

@@ -19,7 +19,7 @@ from ..recipe.plan import (
     recent_tokens,
     select_kept,
 )
-from .compress import PromptCompressor
+from .compress import PromptCompressor, shape_of
 from .ragged import RaggedCache
 
 WORTH_PRUNING = 0.75  # a layer is pruned again once its bound is below this share of what it holds
@@ -108,7 +108,9 @@ class StreamingCompressor(PromptCompressor):
             evicted_tokens(head_keep, self.prompt, self.config),
         )
         first = self._pruned[0]
-        ragged = self._allocate(plan, head_room, first.k, first.v, allocate)
+        shape = shape_of(plan, head_room, first.k, first.v, self.config.remainder != "none")
+        ragged = allocate(shape, self.backend)
+        ragged.lay_out(plan, head_room)
         for layer, (indices, layer_cu_kept) in enumerate(selected):
             pruned = self._pruned.pop(0)
             sums = self._add_evicted(pruned, indices, layer_cu_kept)

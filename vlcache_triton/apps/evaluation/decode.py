@@ -57,8 +57,10 @@ def full_answer(recording: Recording) -> tuple[list[int], Tensor | None]:
     tokens; None where the answer was one token, which no row had to be decoded for.
     """
     (tokens,) = answer(recording, recording.cache)
-    num_rows = len(tokens) - 1
-    return tokens, recording.answer_attention(num_rows) if num_rows else None
+    if len(tokens) == 1:
+        return tokens, None
+    stats, length = recording.answer_stats(len(tokens) - 1), recording.prompt.padded_length
+    return tokens, torch.stack([x.scores[:, :length] for x in stats])
 
 
 def compressed_answers(

@@ -168,12 +168,6 @@ class Recording:
             )
         return stats
 
-    def answer_attention(self, num_rows: int) -> Tensor:
-        """What the last `num_rows` rows decoded paid to each token of the prompt, `[num_layers,
-        num_kv_heads, length]` fp32."""
-        length = self.prompt.padded_length
-        return torch.stack([stats.scores[:, :length] for stats in self.answer_stats(num_rows)])
-
     def compress(self, plans: Sequence[CompressionPlan]) -> VLCache:
         """One cache of as many sequences as plans: the prompt, compressed in each way.
 
