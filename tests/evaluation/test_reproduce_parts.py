@@ -70,24 +70,12 @@ def test_text_goes_before_the_image_and_all_that_has_a_value_a_token_grows():
     assert torch.equal(_stretched(inputs, 3)["input_ids"], ids)
 
 
-def test_the_sparsity_of_decoding_is_that_of_eager_attention(form_reader, value_query):
+def test_the_sparsity_of_decoding_is_that_of_eager_attention(form_reader, value_query, eager_maps):
     model, (query, answer) = form_reader[0], value_query
     (found,) = measure_sparsity(model, [(query, 9)])["decoding"]
     ids = torch.cat([query.inputs["input_ids"], torch.tensor([answer[:-1]])], 1)
-    before = model.config.text_config._attn_implementation
-    model.set_attn_implementation({"text_config": "eager"})
-    try:
-        with torch.no_grad():
-            maps = model(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                pixel_values=query.inputs["pixel_values"],
-                output_attentions=True,
-            ).attentions
-    finally:
-        model.set_attn_implementation({"text_config": before})
     rows = len(answer) - 1
-    for sparsity, attention in zip(found, maps, strict=True):
+    for sparsity, attention in zip(found, eager_maps(query, ids), strict=True):
         last = attention[0, :, -rows:]
         visible = torch.ones(rows, ids.shape[1]).tril(ids.shape[1] - rows).bool()
         passes = (last >= 0.01 * last.amax(-1, keepdim=True)) & visible

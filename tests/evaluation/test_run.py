@@ -79,28 +79,15 @@ def test_the_numbers_of_an_item(form_reader, value_item, evaluated):
     assert json.loads(json.dumps(evaluated)) == evaluated
 
 
-def test_the_answers_attention_is_that_of_eager_attention(form_reader, value_item):
+def test_the_answers_attention_is_that_of_eager_attention(form_reader, value_item, eager_maps):
     model, _ = form_reader
     item, query = value_item
     with vl_cache(model, VLCacheConfig(budget=1.0), cuda_graph=False):
         tokens, attention = full_answer(Recording(model, query, item.max_new_tokens))
     ids = torch.cat([query.inputs["input_ids"], torch.tensor([tokens[:-1]])], 1)
-    text_config = model.config.text_config
-    before = text_config._attn_implementation
-    model.set_attn_implementation({"text_config": "eager"})
-    try:
-        with torch.no_grad():
-            out = model(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                pixel_values=query.inputs["pixel_values"],
-                output_attentions=True,
-            )
-    finally:
-        model.set_attn_implementation({"text_config": before})
     num_rows, length = len(tokens) - 1, query.inputs["input_ids"].shape[1]
     assert num_rows >= 1 and attention.shape == (8, 2, length)
-    for layer, maps in enumerate(out.attentions):
+    for layer, maps in enumerate(eager_maps(query, ids)):
         expected = maps[0, :, -num_rows:, :length].sum(1).view(2, 4, length).mean(1)
         torch.testing.assert_close(attention[layer], expected, atol=1e-4, rtol=1e-3)
 

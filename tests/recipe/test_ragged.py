@@ -354,18 +354,10 @@ def test_bytes_count_both_pools_with_their_room():
     assert ragged.num_seqs == 2
 
 
-SHAPE = PoolShape(
-    capacity=64,
-    max_seqlen_k=64,
-    num_layers=2,
-    num_seqs=2,
-    num_kv_heads=2,
-    head_size=D,
-    v_head_size=D_V,
-    dtype=torch.float32,
-    device=CPU,
-    has_remainder=False,
+ROWS = dict(
+    num_seqs=2, num_kv_heads=2, head_size=D, v_head_size=D_V, dtype=torch.float32, device=CPU
 )
+SHAPE = PoolShape(**ROWS, capacity=64, max_seqlen_k=64, num_layers=2, has_remainder=False)
 OTHER_BACKEND = REFERENCE._replace(name="other")
 
 
@@ -413,17 +405,7 @@ def test_what_is_lent_is_lent_to_nobody_else():
 
 def test_what_goes_with_a_cache_is_lent_along():
     """Made where it is new or of another shape; the ragged cache stays the same."""
-    ring = RingShape(
-        num_layers=1,
-        num_seqs=2,
-        num_kv_heads=2,
-        head_size=D,
-        v_head_size=D_V,
-        dtype=torch.float32,
-        device=CPU,
-        window=4,
-        is_chunked=False,
-    )
+    ring = RingShape(**ROWS, num_layers=1, window=4, is_chunked=False)
     allocator, owner = PoolAllocator(), Owner()
     first = allocator.allocate(SHAPE, REFERENCE, owner)
     rings = allocator.attach(WindowRings, ring, owner)
