@@ -174,9 +174,10 @@ def _cu_seqlens(prompt: Prompt, device: torch.device) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=4)
 def _rows(prompt: Prompt, device: torch.device) -> tuple[Tensor, Tensor]:
-    starts = [*(span.start for span in prompt.spans), len(prompt.pads) * prompt.padded_length]
-    starts_, lengths = (torch.tensor(x, dtype=torch.int32) for x in (starts, prompt.lengths))
-    return to_device(starts_, device), to_device(lengths, device)
+    rows = [*(span.start for span in prompt.spans), len(prompt.pads) * prompt.padded_length]
+    starts = torch.tensor(rows, dtype=torch.int32)
+    lengths = torch.tensor(prompt.lengths, dtype=torch.int32)
+    return to_device(starts, device), to_device(lengths, device)
 
 
 def _cumulate(lengths: Iterable[int], device: torch.device) -> Tensor:

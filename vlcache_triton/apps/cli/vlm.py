@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -113,16 +113,14 @@ class VisionLanguageModel:
             "return_dict_in_generate": True,
             "streamer": None if advance is None else _Ticks(advance),
         }
-        report = None
+        block: Any = nullcontext()
+        if not policy.configure(config).is_lossless:
+            block = vl_cache(self.model, config, policy=policy, streaming=streaming)
         started = self._now()
-        with refusals():
-            if policy.configure(config).is_lossless:
-                output = self.model.generate(**arguments)
-            else:
-                with vl_cache(self.model, config, policy=policy, streaming=streaming) as session:
-                    output = self.model.generate(**arguments)
-                report = session.report()
+        with refusals(), block as session:
+            output = self.model.generate(**arguments)
         seconds = self._now() - started
+        report = None if session is None else session.report()
         prompt_length = inputs["input_ids"].shape[1]
         new = output.sequences[0, prompt_length:]
         text = self.processor.decode(new, skip_special_tokens=True).strip()

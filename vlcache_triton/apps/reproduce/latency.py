@@ -67,7 +67,7 @@ def measure_latency(
     inputs = _repeated(_stretched(inputs, length), batch)
     rows = []
     for loop, share in (("transformers", 1.0), ("ours", 1.0), ("ours", budget)):
-        run = _runner(model, inputs, None if loop == "transformers" else share)
+        run = functools.partial(_decode, model, inputs, None if loop == "transformers" else share)
         run(WARM_TOKENS)
         gc.collect()
         _settle(model.device)
@@ -91,24 +91,20 @@ def measure_latency(
     return rows
 
 
-def _runner(model: Any, inputs: dict[str, Any], budget: float | None) -> Callable[[int], Any]:
-    """What decodes so many tokens: (bytes that compression keeps, seconds a token)."""
-
-    def run(num_tokens: int) -> tuple[int | None, float]:
-        ticks = Ticks()
-        greedy: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
-        greedy["max_new_tokens"] = num_tokens
-        report = None
-        if budget is None:
-            model.generate(**inputs, **greedy, streamer=ticks)
-        else:
-            with vl_cache(model, VLCacheConfig(budget=budget)) as session:
-                session.generate(**inputs, **greedy, on_tokens=ticks)
-            report = session.report()
-        kept = None if report is None else report.bytes_after
-        return kept, ticks.seconds_a_token() if num_tokens >= MIN_NEW_TOKENS else 0.0
-
-    return run
+def _decode(
+    model: Any, inputs: dict[str, Any], budget: float | None, num_tokens: int
+) -> tuple[int | None, float]:
+    """(bytes that compression keeps, seconds a token); without a budget by the stock loop."""
+    ticks, report = Ticks(), None
+    greedy = {"do_sample": False, "eos_token_id": None, "max_new_tokens": num_tokens}
+    if budget is None:
+        model.generate(**inputs, **greedy, streamer=ticks)
+    else:
+        with vl_cache(model, VLCacheConfig(budget=budget)) as session:
+            session.generate(**inputs, **greedy, on_tokens=ticks)
+        report = session.report()
+    kept = None if report is None else report.bytes_after
+    return kept, ticks.seconds_a_token() if num_tokens >= MIN_NEW_TOKENS else 0.0
 
 
 def _stretched(inputs: dict[str, Any], length: int) -> dict[str, Any]:
