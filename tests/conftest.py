@@ -11,6 +11,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def form_reader():
+    """(model, processor): the embedded model, loaded once; no test alters it."""
+    from vlcache_triton.formreader import load_form_reader
+
+    return load_form_reader()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-from vlcache_triton.apps.formreader import chat, encode_chats, load_form_reader, render
+from vlcache_triton.apps.formreader import chat, encode_chats, render
 from vlcache_triton.integrations.transformers import vl_cache
 
 
 @pytest.fixture(scope="module")
-def report(dialogue):
+def report(dialogue, form_reader):
     """The library's own, of the same prompt."""
-    model, processor = load_form_reader()
+    model, processor = form_reader
     images = [render(page) for page in dialogue.pages]
     inputs = encode_chats(processor, [chat(images, [dialogue.questions[0].text])])
     with torch.inference_mode(), vl_cache(model, budget=0.2) as session:

@@ -1,15 +1,7 @@
-"""The embedded model, loaded once; the evaluation never alters it."""
+"""What the stock model attends to, for the evaluation's tests to be held against."""
 
 import pytest
 import torch
-
-from vlcache_triton.apps.formreader import load_form_reader
-
-
-@pytest.fixture(scope="session")
-def form_reader():
-    """(model, processor)"""
-    return load_form_reader()
 
 
 @pytest.fixture(scope="session")

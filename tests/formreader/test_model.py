@@ -1,6 +1,5 @@
 """The shipped weights load offline and read pages."""
 
-import pytest
 import torch
 
 from vlcache_triton.apps.formreader import (
@@ -8,17 +7,11 @@ from vlcache_triton.apps.formreader import (
     chat,
     draw_dialogue,
     encode_chats,
-    load_form_reader,
     render,
 )
 
 NUM_PAGES = 64
 LONGEST_VALUE = 8
-
-
-@pytest.fixture(scope="module")
-def form_reader():
-    return load_form_reader()
 
 
 def replies(form_reader, chats, max_new_tokens):

@@ -11,7 +11,6 @@ from vlcache_triton.apps.formreader import (
     chat,
     draw_dialogue,
     encode_chats,
-    load_form_reader,
     render,
 )
 from vlcache_triton.apps.pictures import UnknownGridError, image_grids
@@ -96,9 +95,9 @@ def test_other_families_are_named(family: str) -> None:
         image_grids(model_of(family), None, {"input_ids": prompt(16)})
 
 
-def test_the_embedded_model_s_pages() -> None:
+def test_the_embedded_model_s_pages(form_reader) -> None:
     """Real inputs: every visual token lies on a grid once, and the pixels are the page's."""
-    model, processor = load_form_reader()
+    model, processor = form_reader
     form = draw_dialogue(seed=3, tasks=["value"])
     page = render(form.pages[0])
     inputs = encode_chats(processor, [chat([page, page], [form.questions[0].text])])

@@ -16,8 +16,15 @@ from transformers.generation.utils import GenerateOutput
 from vlcache_triton import VLCacheConfig
 
 GREEDY = dict(max_new_tokens=8, do_sample=False, return_dict_in_generate=True, output_logits=True)
+SAMPLE = dict(GREEDY, do_sample=True, temperature=1.3, top_k=50)
 STOCK_ATOL = 1e-5
 ORACLE_ATOL = 1e-4
+
+
+def generate(family: Family, inputs: dict[str, Tensor], arguments: dict, seed: int = 0):
+    """model.generate, from this seed on."""
+    torch.manual_seed(seed)
+    return family.model.generate(**inputs, **arguments)
 
 
 def logits(out: GenerateOutput) -> Tensor:

@@ -16,7 +16,7 @@ from unittest import mock
 
 import pytest
 import torch
-from checks import GREEDY, ORACLE_ATOL, assert_same_run, logits
+from checks import GREEDY, ORACLE_ATOL, SAMPLE, assert_same_run, generate, logits
 from families import LONG, MROPE, SHORT, SUPPORTED
 from recorded_graph import RecordedGraph, recorded_graphs
 from torch.nn.functional import pad
@@ -29,7 +29,6 @@ from vlcache_triton.pool import ragged as ragged_module
 from vlcache_triton.pool.allocator import MAX_POOLS, round_up
 
 SOME = ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "lfm3_vl"]
-SAMPLE = dict(GREEDY, do_sample=True, temperature=1.3, top_k=50)
 every_family = pytest.mark.parametrize("family", SUPPORTED, indirect=True)
 some_families = pytest.mark.parametrize("family", SOME, indirect=True)
 each_budget = pytest.mark.parametrize("budget", [1.0, 0.4])
@@ -49,11 +48,6 @@ def quiet():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="cuda_graph")
         yield
-
-
-def generate(family, inputs, arguments, seed=0):
-    torch.manual_seed(seed)
-    return family.model.generate(**inputs, **arguments)
 
 
 def eagerly(family, inputs, arguments, **choices):

@@ -7,23 +7,26 @@ import copy
 import oracle
 import pytest
 import torch
-from checks import GREEDY, ORACLE_ATOL, STOCK_ATOL, assert_kept, assert_same_run, logits
+from checks import (
+    GREEDY,
+    ORACLE_ATOL,
+    SAMPLE,
+    STOCK_ATOL,
+    assert_kept,
+    assert_same_run,
+    generate,
+    logits,
+)
 from families import LONG, SHORT
 
 from vlcache_triton import VLCacheConfig
 from vlcache_triton.integrations.transformers import vl_cache
 from vlcache_triton.integrations.transformers.names import CACHE
 
-SAMPLE = dict(GREEDY, do_sample=True, temperature=1.3, top_k=50)
 BEAMS = dict(GREEDY, num_beams=2, max_new_tokens=10)
 BF16_ATOL = 0.02
 FAMILIES = ["llava", "qwen2_5_vl", "gemma3", "qwen3_5"]
 some_families = pytest.mark.parametrize("family", FAMILIES, indirect=True)
-
-
-def generate(family, inputs, arguments, seed=0):
-    torch.manual_seed(seed)
-    return family.model.generate(**inputs, **arguments)
 
 
 FEATURES = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checks import GREEDY, ORACLE_ATOL, assert_same_run
+from checks import GREEDY, ORACLE_ATOL, SAMPLE, assert_same_run, generate
 from families import HYBRID, LONG, SHORT
 from recorded_graph import RecordedGraph, recorded_graphs
 
@@ -16,14 +16,8 @@ from vlcache_triton.integrations.transformers import vl_cache
 from vlcache_triton.integrations.transformers.layers import StateLayer
 from vlcache_triton.integrations.transformers.names import CACHE
 
-SAMPLE = dict(GREEDY, do_sample=True, temperature=1.3, top_k=50)
 every_hybrid = pytest.mark.parametrize("family", [*HYBRID, "qwen3_5"], indirect=True)
 some_hybrids = pytest.mark.parametrize("family", ["qwen3_5", "lfm3_vl"], indirect=True)
-
-
-def generate(family, inputs, arguments, seed=0):
-    torch.manual_seed(seed)
-    return family.model.generate(**inputs, **arguments)
 
 
 def states_of(cache):
