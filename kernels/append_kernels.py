@@ -5,11 +5,17 @@ import triton.language as tl
 
 from . import profiling
 from .addressing import load_rows, row_offsets, sequence_start, store_rows
+from .fp8 import quantised
 
 
 @triton.jit(
     do_not_specialize=["n", "num_kv_heads", "max_blocks"],
-    do_not_specialize_on_alignment=["cu_seqlens_k_ptr", "seqused_k_ptr"],  # single elements
+    do_not_specialize_on_alignment=[  # single elements
+        "cu_seqlens_k_ptr",
+        "seqused_k_ptr",
+        "k_descale_ptr",
+        "v_descale_ptr",
+    ],
     launch_metadata=profiling.append,
 )
 def _append_kernel(
@@ -20,6 +26,8 @@ def _append_kernel(
     cu_seqlens_k_ptr,
     seqused_k_ptr,
     block_table_ptr,
+    k_descale_ptr,  # [num_seqs, num_kv_heads], or None: rows are stored as they are
+    v_descale_ptr,
     n,
     num_kv_heads,
     max_blocks,
@@ -63,9 +71,14 @@ def _append_kernel(
         )
         new_k = seq * stride_new_k_seq + rows * stride_new_k_row + heads * stride_new_k_head
         k = load_rows(new_k_ptr, new_k, fits, HEAD_SIZE, D)
+        segments = seq * num_kv_heads + heads
+        if k_descale_ptr is not None:
+            k = quantised(k, tl.load(k_descale_ptr + segments)[:, None])
         store_rows(k_ptr, at_k + heads * stride_k_head, k, fits, HEAD_SIZE, D)
         new_v = seq * stride_new_v_seq + rows * stride_new_v_row + heads * stride_new_v_head
         v = load_rows(new_v_ptr, new_v, fits, HEAD_SIZE_V, D)
+        if v_descale_ptr is not None:
+            v = quantised(v, tl.load(v_descale_ptr + segments)[:, None])
         store_rows(v_ptr, at_v + heads * stride_v_head, v, fits, HEAD_SIZE_V, D)
     tl.debug_barrier()  # every warp has read the length that one of them now overwrites
     tl.store(seqused_k_ptr + seq, used + n)

@@ -7,6 +7,8 @@ import triton
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+FP8 = torch.float8_e4m3fn
+FP8_CAPABILITY = (8, 9)  # of the GPUs that convert it
 MAX_HEAD_SIZE = 256  # of what is multiplied: a tile of rows lies in shared memory whole
 
 
@@ -42,14 +44,33 @@ def expect_array(
     expect(x.is_contiguous(), name, f"strides {x.stride()}", "a contiguous tensor")
 
 
-def expect_float(name: str, x: Tensor) -> None:
-    """fp16, bf16 or fp32 with a contiguous last dimension; fp8 and the rest are refused."""
-    if x.dtype not in FLOATS:
-        raise NotImplementedError(f"{name}: got dtype {x.dtype}, expected one of {FLOATS}")
+def expect_float(name: str, x: Tensor, *, or_fp8: bool = False) -> None:
+    """fp16, bf16 or fp32 with a contiguous last dimension; fp8 where that is said and the GPU has
+    it, and the rest are refused."""
+    floats = (*FLOATS, FP8) if or_fp8 else FLOATS
+    if x.dtype not in floats:
+        raise NotImplementedError(f"{name}: got dtype {x.dtype}, expected one of {floats}")
+    if x.dtype == FP8 and x.is_cuda:
+        capability = torch.cuda.get_device_capability(x.device)
+        if capability < FP8_CAPABILITY:
+            got = f"got dtype {x.dtype} on a GPU of compute capability {capability}"
+            raise NotImplementedError(f"{name}: {got}, expected {FP8_CAPABILITY} at least")
     expect(x.stride(-1) == 1, name, f"stride {x.stride(-1)} in the last dimension", "1")
 
 
-def expect_rows(block_table: Tensor | None, **caches: Tensor) -> None:
+def expect_descale(
+    name: str, descale: Tensor | None, is_scaled: bool, shape: tuple[int, ...]
+) -> None:
+    """fp32 of that shape where fp8 rows are scaled by it, and None elsewhere."""
+    if is_scaled and descale is not None:
+        expect_array(name, descale, shape, torch.float32)
+        return
+    got = "None" if descale is None else "a tensor"
+    expected = f"{shape} {torch.float32}, as rows are fp8" if is_scaled else "None: nothing is fp8"
+    expect(is_scaled == (descale is not None), name, got, expected)
+
+
+def expect_rows(block_table: Tensor | None, *, or_fp8: bool = False, **caches: Tensor) -> None:
     """Packed rows, or pages where there is a block table; all of one shape but for head sizes."""
     paged = block_table is not None
     layout = "[num_blocks, page_size, num_kv_heads, d]" if paged else "[total_k, num_kv_heads, d]"
@@ -57,19 +78,23 @@ def expect_rows(block_table: Tensor | None, **caches: Tensor) -> None:
     for name, x in caches.items():
         got = f"shape {tuple(x.shape)}"
         expect(x.dim() == (4 if paged else 3), name, got, layout)
-        expect_float(name, x)
+        expect_float(name, x, or_fp8=or_fp8)
         same = x.shape[:-1] == like.shape[:-1]
         expect(same, name, got, f"({tuple(like.shape[:-1])}, head size), as {first}")
 
 
-def expect_queries(q: Tensor, block_table: Tensor | None, **caches: Tensor) -> None:
-    """Query rows and caches to multiply them with: of one dtype, with heads in whole groups."""
+def expect_queries(
+    q: Tensor, block_table: Tensor | None, *, or_fp8: bool = False, **caches: Tensor
+) -> None:
+    """Query rows and caches to multiply them with: of one dtype, but where caches may be fp8; with
+    heads in whole groups."""
     expect(q.dim() == 3, "q", f"shape {tuple(q.shape)}", "[total_q, num_heads, d]")
     expect_float("q", q)
     num_heads, d = q.shape[1:]
-    expect_rows(block_table, **caches)
+    expect_rows(block_table, or_fp8=or_fp8, **caches)
     for name, x in caches.items():
-        expect_dtype(name, x, q.dtype)
+        if x.dtype != FP8:
+            expect_dtype(name, x, q.dtype)
         num_kv_heads = x.shape[-2]
         multiple = num_kv_heads > 0 and num_heads % num_kv_heads == 0
         expect(multiple, name, f"{num_kv_heads} heads", f"a divisor of q's {num_heads} heads")

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from . import profiling
 from .addressing import load_rows, row_offsets, sequence_start, store_rows
+from .fp8 import quantised
 
 # Single elements are read of these, or runs that start anywhere: where a layer's part of a tensor
 # starts is no reason to compile anew.
@@ -12,7 +13,7 @@ INTEGERS = ["cu_seqlens_k_ptr", "indices_ptr", "cu_kept_ptr", "block_table_ptr"]
 
 
 @triton.jit
-def _source_of_layer(source, k_ptr, v_ptr, layers_ptr, ALIGNED: tl.constexpr):
+def source_of_layer(source, k_ptr, v_ptr, layers_ptr, ALIGNED: tl.constexpr):
     """The number of a layer among those of the launch, and where its K and V lie: an address says
     nothing of its type, for which k_ptr and v_ptr are, nor of its alignment."""
     entry = layers_ptr + 3 * source
@@ -25,7 +26,13 @@ def _source_of_layer(source, k_ptr, v_ptr, layers_ptr, ALIGNED: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=["num_kv_heads", "num_segments", "max_blocks", "out_max_blocks"],
-    do_not_specialize_on_alignment=[*INTEGERS, "cu_seqlens_out_ptr", "out_block_table_ptr"],
+    do_not_specialize_on_alignment=[
+        *INTEGERS,
+        "cu_seqlens_out_ptr",
+        "out_block_table_ptr",
+        "k_descale_ptr",
+        "v_descale_ptr",
+    ],
     launch_metadata=profiling.compact,
 )
 def _compact_kernel(
@@ -49,6 +56,8 @@ def _compact_kernel(
     out_v_ptr,
     cu_seqlens_out_ptr,
     out_block_table_ptr,
+    k_descale_ptr,  # [num_layers, num_segments], or None: rows move as they are
+    v_descale_ptr,
     out_max_blocks,
     stride_out_k_page,
     stride_out_k_row,
@@ -67,9 +76,13 @@ def _compact_kernel(
     tile = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     if layers_ptr is not None:
         source, segment = segment // num_segments, segment % num_segments
-        layer, k_ptr, v_ptr = _source_of_layer(source, k_ptr, v_ptr, layers_ptr, ALIGNED)
+        layer, k_ptr, v_ptr = source_of_layer(source, k_ptr, v_ptr, layers_ptr, ALIGNED)
         cu_kept_ptr += layer * num_segments
         cu_seqlens_out_ptr += layer * (num_segments + 1)
+        if k_descale_ptr is not None:
+            k_descale_ptr += layer * num_segments
+        if v_descale_ptr is not None:
+            v_descale_ptr += layer * num_segments
     first = tl.load(cu_kept_ptr + segment)
     kept = tl.load(cu_kept_ptr + segment + 1) - first
     if tile * ROWS < kept:
@@ -96,6 +109,8 @@ def _compact_kernel(
             stride_out_k_row,
             OUT_PAGE_SIZE,
         )
+        if k_descale_ptr is not None:
+            k = quantised(k, tl.load(k_descale_ptr + segment))
         store_rows(out_k_ptr, at, k, live, HEAD_SIZE, D)
         at = row_offsets(
             targets,
@@ -106,6 +121,8 @@ def _compact_kernel(
             stride_out_v_row,
             OUT_PAGE_SIZE,
         )
+        if v_descale_ptr is not None:
+            v = quantised(v, tl.load(v_descale_ptr + segment))
         store_rows(out_v_ptr, at, v, live, HEAD_SIZE_V, D)
 
 

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from .append import append_kv  # the README's name for it, by which engines import it
 from .checks import (
+    FP8,
     expect,
     expect_array,
+    expect_descale,
     expect_dtype,
     expect_per_sequence,
     expect_queries,
@@ -75,6 +77,8 @@ def decode_launch(
     max_seqlen_k: int,
     multiprocessors: int,
     num_splits: int = 0,
+    *,
+    is_fp8: bool = False,
 ) -> DecodeLaunch:
     """Splits of one size for all sequences, as many as two programs a multiprocessor.
 
@@ -82,6 +86,9 @@ def decode_launch(
     sequences full); more programs start slower than they load. Splits are long enough for the
     partial results of their rows not to matter beside the keys. Or num_splits, where it is given:
     fewer where whole blocks of keys do not go round.
+
+    K and V in fp8 are converted in registers; Triton reads V's bytes one by one from shared memory
+    for it. More warps share them, and fewer keys at once fit in fp32. No GPU has measured it yet.
     """
     rows = max_seqlen_q * group
     # At most what the registers hold, and 99 KiB of shared memory, which is all some GPUs have.
@@ -89,9 +96,10 @@ def decode_launch(
     block_m = max(16, min(most, triton.next_power_of_2(rows)))
     num_row_blocks = triton.cdiv(rows, block_m)
     if itemsize == 2:
-        block_n, num_warps, num_stages = 32, (2 if block_m == 16 and head_size <= 128 else 4), 3
+        few_warps = block_m == 16 and head_size <= 128 and not is_fp8
+        block_n, num_warps, num_stages = 32, (2 if few_warps else 4), 3
     else:  # multiplied without matrix instructions: eight warps have the registers for it
-        block_n, num_warps, num_stages = (32 if head_size <= 128 else 16), 8, 2
+        block_n, num_warps, num_stages = (32 if head_size <= 128 and not is_fp8 else 16), 8, 2
     num_programs = num_seqs * num_kv_heads * num_row_blocks  # of one split
     wanted = round(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors / max(num_programs, 1))
     split_size = triton.cdiv(max_seqlen_k, num_splits or max(wanted, 1))
@@ -152,6 +160,8 @@ def varlen_decode(
     first_key_bias: Tensor | None = None,
     sinks: Tensor | None = None,
     num_splits: int = 0,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     return_softmax_lse: bool = False,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
@@ -162,7 +172,8 @@ def varlen_decode(
     Args:
         q: `[total_q, num_heads, d]` fp16, bf16 or fp32; d from 1 to 256.
         k, v: `[total_k, num_kv_heads, d]` (`d_v` for v), or pages
-            `[num_blocks, page_size, num_kv_heads, d]`, of q's dtype; any strides whose last is 1.
+            `[num_blocks, page_size, num_kv_heads, d]`, of q's dtype or fp8 (e4m3); any strides
+            whose last is 1.
             The ragged layout is num_kv_heads = 1 and a sequence for each (sequence, KV head).
         cu_seqlens_q, cu_seqlens_k: `[num_seqs + 1]` int32. With seqused_k, cu_seqlens_k gives the
             starts, head room included; with pages it only bounds the lengths where seqused_k is
@@ -189,6 +200,8 @@ def varlen_decode(
         num_splits: as in flash-attn: into how many parts, at most, the keys are split; 1 for none,
             0 to choose by shape. It changes rounding and time. Not with a schedule, which splits
             by what is live.
+        k_descale, v_descale: `[num_seqs, num_kv_heads]` fp32 where K, or V, is fp8: stored value *
+            descale = the key, or value, as in FlashAttention-3. They are multiplied in dtype q.
         return_softmax_lse: also return the log-sum-exp, `[num_heads, total_q]` fp32, natural log,
             of the sinks too, as FlashAttention-4 and vLLM have it: to merge two caches by it, give
             the sinks to one of them.
@@ -215,10 +228,7 @@ def varlen_decode(
         v,
         cu_seqlens_q,
         cu_seqlens_k,
-        seqused_k,
-        block_table,
-        first_key_bias,
-        sinks,
+        *(seqused_k, block_table, first_key_bias, sinks, k_descale, v_descale),
         out,
         workspace,
         schedule,
@@ -248,6 +258,8 @@ def varlen_decode(
         "seqused_k_ptr": seqused_k,
         "block_table_ptr": block_table,
         "first_key_bias_ptr": first_key_bias,
+        "k_descale_ptr": k_descale,
+        "v_descale_ptr": v_descale,
     }
     partial = {"partial_out_ptr": to, "partial_lse_ptr": to_lse}
     result = {"out_ptr": out, "lse_ptr": lse, "cu_seqlens_q_ptr": cu_seqlens_q, "sinks_ptr": sinks}
@@ -295,6 +307,8 @@ def _prepare(
     block_table,
     first_key_bias,
     sinks,
+    k_descale,
+    v_descale,
     out,
     workspace,
     schedule,
@@ -316,6 +330,9 @@ def _prepare(
     num_kv_heads, d_v = v.shape[-2:]
     _check_bias(first_key_bias, q, num_seqs * num_kv_heads, window_size)
     expect_sinks(sinks, q, num_seqs)
+    expect_same_device(q=q, k_descale=k_descale, v_descale=v_descale)
+    for name, x, descale in (("k_descale", k, k_descale), ("v_descale", v, v_descale)):
+        expect_descale(name, descale, x.dtype == FP8, (num_seqs, num_kv_heads))
     _check_splits(num_splits, schedule)
     plan = _launch_for(q, v, num_seqs, max_seqlen_q, max_seqlen_k, multiprocessors, num_splits)
     total_q, num_heads, d = q.shape
@@ -452,6 +469,7 @@ def _launch_for(
         max_seqlen_k,
         multiprocessors,
         num_splits,
+        is_fp8=v.dtype == FP8,
     )
 
 
@@ -493,7 +511,7 @@ def _check(
         block_table=block_table,
         out=out,
     )
-    expect_queries(q, block_table, k=k, v=v)
+    expect_queries(q, block_table, or_fp8=True, k=k, v=v)
     if max_seqlen_q > MAX_SEQLEN_Q:
         raise NotImplementedError(
             f"max_seqlen_q: got {max_seqlen_q}, expected at most {MAX_SEQLEN_Q}"

@@ -10,6 +10,7 @@ from .softcap import capped
 # Of lengths, single elements are read: where a layer's part of a tensor starts is no reason to
 # compile anew.
 LENGTHS = ["cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "seqused_k_ptr"]
+OF_HEADS = ["first_key_bias_ptr", "sinks_ptr", "k_descale_ptr", "v_descale_ptr"]
 
 
 @triton.jit
@@ -59,7 +60,7 @@ def _attend(
         keys = key + tl.arange(0, BLOCK_N)
         live = keys < n_k if MASKED else None
         at = offsets_in(pages, keys, block_table_ptr, stride_k_page, stride_k_row, PAGE_SIZE)
-        k = load_rows(k_ptr, at, live, HEAD_SIZE, D)
+        k = load_rows(k_ptr, at, live, HEAD_SIZE, D).to(q.dtype)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee")
         if SOFTCAP:
             logits = capped(logits, scale_log2)
@@ -84,7 +85,7 @@ def _attend(
         row_sum = row_sum * correction + tl.sum(weights, 1)
         row_max = new_max
         at = offsets_in(pages, keys, block_table_ptr, stride_v_page, stride_v_row, PAGE_SIZE)
-        v = load_rows(v_ptr, at, live, HEAD_SIZE_V, D_V)
+        v = load_rows(v_ptr, at, live, HEAD_SIZE_V, D_V).to(q.dtype)
         acc = acc * correction[:, None]
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
         coming = keys + BLOCK_N
@@ -99,6 +100,8 @@ def attend_rows(
     v_ptr,
     block_table_ptr,
     first_key_bias_ptr,
+    k_descale_ptr,
+    v_descale_ptr,
     seq,
     head,
     row_block,
@@ -155,6 +158,8 @@ def attend_rows(
         full = begin
     full = begin + tl.maximum(full - begin, 0) // BLOCK_N * BLOCK_N
 
+    if k_descale_ptr is not None:  # a factor of all logits of the sequence
+        scale_log2 *= tl.load(k_descale_ptr + seq * num_kv_heads + head)
     bias = None
     if first_key_bias_ptr is not None:
         bias = tl.load(first_key_bias_ptr + seq * num_kv_heads + head) * 1.4426950408889634
@@ -198,6 +203,8 @@ def attend_rows(
 
     saw_none = row_sum == 0.0
     result = acc / tl.where(saw_none, 1.0, row_sum)[:, None]
+    if v_descale_ptr is not None:
+        result *= tl.load(v_descale_ptr + seq * num_kv_heads + head)
     lse = tl.where(saw_none, -float("inf"), row_max + tl.log2(row_sum))
     return result, lse
 
@@ -258,7 +265,7 @@ def store_result(
         "split_size",
         "sink_rows",
     ],
-    do_not_specialize_on_alignment=[*LENGTHS, "first_key_bias_ptr", "sinks_ptr"],
+    do_not_specialize_on_alignment=[*LENGTHS, *OF_HEADS],
     launch_metadata=profiling.decode_split,
 )
 def _split_kernel(
@@ -271,6 +278,8 @@ def _split_kernel(
     block_table_ptr,
     first_key_bias_ptr,  # [num_seqs, num_kv_heads], natural log, or None
     sinks_ptr,  # DIRECT: [sink_rows, num_heads], natural log, or None; else None
+    k_descale_ptr,  # [num_seqs, num_kv_heads] where K is fp8, or None
+    v_descale_ptr,
     out_ptr,  # DIRECT: [total_q, num_heads, d_v]; else fp32 [num_splits, num_rows, d_v]
     lse_ptr,  # DIRECT: [num_heads, total_q], natural log, or None; else log2 [num_splits, num_rows]
     scale_log2,  # softmax_scale * log2(e); with a softcap, softmax_scale * 2 * log2(e) / softcap
@@ -333,6 +342,8 @@ def _split_kernel(
             v_ptr,
             block_table_ptr,
             first_key_bias_ptr,
+            k_descale_ptr,
+            v_descale_ptr,
             seq,
             head,
             row_block,

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import append, compact, decode, reference, remainder, score, select
+from . import append, compact, decode, descales, reference, remainder, score, select
 from . import key_value_stats as key_value
 from .types import KeyValueStats, PostVisionStats, Selection
 
@@ -77,6 +77,15 @@ def _fake_selection(scores, cu_seqlens, keep, recent, *, max_seqlen, total_kept=
     return keep.new_empty(size), keep.new_empty(num_segments + 1)
 
 
+def _fake_descales(k, v, cu_seqlens_k, indices, cu_kept, **options):
+    num_layers = len(k)
+    num_segments = (cu_kept.shape[0] - 1) // num_layers
+    k_descale, v_descale = (
+        cu_kept.new_empty(num_layers, num_segments, 1, dtype=torch.float32) for _ in range(2)
+    )
+    return k_descale, v_descale
+
+
 def _fake_sums(k, v, cu_seqlens_k, indices, cu_kept, max_seqlen_k, **options):
     chunks = 1 if k.device.type == "cpu" else remainder.num_chunks(max_seqlen_k)
     return tuple(
@@ -115,7 +124,7 @@ _compact_kv = _operator(
     compact.compact_kv,
     "(Tensor k, Tensor v, Tensor? cu_seqlens_k, Tensor indices, Tensor cu_kept, Tensor(a!) out_k,"
     " Tensor(b!) out_v, Tensor? cu_seqlens_out, *, SymInt max_kept, Tensor? block_table=None,"
-    " Tensor? out_block_table=None) -> ()",
+    " Tensor? out_block_table=None, Tensor? k_descale=None, Tensor? v_descale=None) -> ()",
 )
 _compact_kv_in_place = _operator(
     compact.compact_kv_,
@@ -125,7 +134,14 @@ _compact_kv_in_place = _operator(
 _compact_layers = _operator(
     compact.compact_layers,
     "(Tensor[] k, Tensor[] v, Tensor cu_seqlens_k, Tensor indices, Tensor cu_kept,"
-    " Tensor(a!) out_k, Tensor(b!) out_v, Tensor cu_seqlens_out, *, SymInt max_kept) -> ()",
+    " Tensor(a!) out_k, Tensor(b!) out_v, Tensor cu_seqlens_out, *, SymInt max_kept,"
+    " Tensor? k_descale=None, Tensor? v_descale=None) -> ()",
+)
+_kept_descales = _operator(
+    descales.kept_descales,
+    "(Tensor[] k, Tensor[] v, Tensor? cu_seqlens_k, Tensor indices, Tensor cu_kept, *,"
+    " SymInt max_kept, Tensor? block_table=None) -> (Tensor, Tensor)",
+    _fake_descales,
 )
 _sum_evicted = _operator(
     remainder.sum_evicted,
@@ -137,7 +153,8 @@ _sum_evicted = _operator(
 _store_means = _operator(
     remainder.store_means,
     "(Tensor sum_k, Tensor sum_v, Tensor counts, Tensor(a!) out_k, Tensor(b!) out_v,"
-    " Tensor? cu_seqlens_out, *, Tensor? out_block_table=None) -> ()",
+    " Tensor? cu_seqlens_out, *, Tensor? out_block_table=None, Tensor? k_descale=None,"
+    " Tensor? v_descale=None) -> ()",
 )
 _varlen_decode = _operator(
     decode.varlen_decode,
@@ -145,14 +162,15 @@ _varlen_decode = _operator(
     " SymInt max_seqlen_q, SymInt max_seqlen_k, *, float? softmax_scale=None, bool causal=False,"
     " SymInt[2] window_size=[-1, -1], float softcap=0.0, Tensor? seqused_k=None,"
     " Tensor? block_table=None, Tensor? first_key_bias=None, Tensor? sinks=None,"
-    " SymInt num_splits=0) -> (Tensor, Tensor)",
+    " SymInt num_splits=0, Tensor? k_descale=None, Tensor? v_descale=None) -> (Tensor, Tensor)",
     _fake_decode,
     return_softmax_lse=True,
 )
 _append_kv = _operator(
     append.append_kv,
     "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? cu_seqlens_k,"
-    " Tensor(c!) seqused_k, *, Tensor? block_table=None) -> ()",
+    " Tensor(c!) seqused_k, *, Tensor? block_table=None, Tensor? k_descale=None,"
+    " Tensor? v_descale=None) -> ()",
 )
 
 
@@ -188,6 +206,7 @@ select_tokens = _compilable(select.select_tokens, _compiled_selection)
 compact_kv = _compilable(compact.compact_kv, _compact_kv)
 compact_kv_ = _compilable(compact.compact_kv_, _compact_kv_in_place)
 compact_layers = _compilable(compact.compact_layers, _compact_layers)
+kept_descales = _compilable(descales.kept_descales, _kept_descales)
 sum_evicted = _compilable(remainder.sum_evicted, _sum_evicted)
 store_means = _compilable(remainder.store_means, _store_means)
 varlen_decode = _compilable(decode.varlen_decode, _compiled_decode)

@@ -32,13 +32,18 @@ def _launch_metadata(told: Told) -> Callable[[Any, Any, Arguments], dict[str, fl
     return metadata
 
 
-def _size(*tensors: Tensor) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors)
+def _size(*tensors: Tensor | None) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
 
-def _row_size(x: Arguments, rows: str) -> int:
-    """Bytes of a row of K and of V, of the dtype of that argument."""
-    return (x["HEAD_SIZE"] + x["HEAD_SIZE_V"]) * x[rows].element_size()
+def _descales(x: Arguments) -> int:
+    return _size(x.get("k_descale_ptr"), x.get("v_descale_ptr"))
+
+
+def _row_size(x: Arguments, k: str) -> int:
+    """Bytes of a row of K and of V: of that argument, and of the one that is called so of V."""
+    v = k.replace("k_ptr", "v_ptr")
+    return x["HEAD_SIZE"] * x[k].element_size() + x["HEAD_SIZE_V"] * x[v].element_size()
 
 
 def _lengths(x: Arguments, bounded: bool) -> Tensor:
@@ -65,7 +70,8 @@ def decode_split(x: Arguments) -> tuple[int, int]:
     rows, keys, partial = _decode(x, x["block_table_ptr"] is not None, num_heads)
     if x["BOUND_LEFT"]:
         keys = keys.minimum(rows + x["window_left"])
-    read = _size(x["q_ptr"]) + int(keys.sum()) * x["num_kv_heads"] * _row_size(x, "k_ptr")
+    read = _size(x["q_ptr"]) + _descales(x)
+    read += int(keys.sum()) * x["num_kv_heads"] * _row_size(x, "k_ptr")
     products = int((keys * rows).sum()) * num_heads * (x["HEAD_SIZE"] + x["HEAD_SIZE_V"])
     return read + (_size(x["out_ptr"]) if x["DIRECT"] else partial), products
 
@@ -101,7 +107,8 @@ def decode_scheduled(x: Arguments) -> tuple[int, int]:
     keys = _lengths(x, x["block_table_ptr"] is None).clamp(0, x["max_keys"])
     if x["BOUND_LEFT"]:
         keys = keys.minimum(rows + x["window_left"])
-    read = _size(x["q_ptr"]) + int(keys.sum()) * x["num_kv_heads"] * _row_size(x, "k_ptr")
+    read = _size(x["q_ptr"]) + _descales(x)
+    read += int(keys.sum()) * x["num_kv_heads"] * _row_size(x, "k_ptr")
     products = int((keys * rows).sum()) * num_heads * (x["HEAD_SIZE"] + x["HEAD_SIZE_V"])
     return read + _pieces(x, num_heads), products
 
@@ -115,7 +122,9 @@ def decode_combine_pieces(x: Arguments) -> tuple[int, int]:
 @_launch_metadata
 def append(x: Arguments) -> tuple[int, int]:
     """The new rows, read and written."""
-    return 2 * _size(x["new_k_ptr"], x["new_v_ptr"]), 0
+    rows = x["new_k_ptr"].shape[:3].numel()
+    read = _size(x["new_k_ptr"], x["new_v_ptr"]) + _descales(x)
+    return read + rows * _row_size(x, "k_ptr"), 0
 
 
 def _post_vision(x: Arguments, others: int) -> tuple[int, int]:
@@ -156,7 +165,15 @@ def select(x: Arguments) -> tuple[int, int]:
 def compact(x: Arguments) -> tuple[int, int]:
     """The kept rows, read and written, and their positions; the same in place."""
     kept = int(x["cu_kept_ptr"][-1] - x["cu_kept_ptr"][0])
-    return kept * (2 * _row_size(x, "k_ptr") + 4), 0
+    written = "out_k_ptr" if "out_k_ptr" in x else "k_ptr"
+    return kept * (_row_size(x, "k_ptr") + _row_size(x, written) + 4) + _descales(x), 0
+
+
+@_launch_metadata
+def kept_amax(x: Arguments) -> tuple[int, int]:
+    """The kept rows and their positions, and the maxima."""
+    kept = int(x["cu_kept_ptr"][-1] - x["cu_kept_ptr"][0])
+    return kept * (_row_size(x, "k_ptr") + 4) + _size(x["amax_k_ptr"], x["amax_v_ptr"]), 0
 
 
 @_launch_metadata
@@ -171,7 +188,7 @@ def sum_evicted(x: Arguments) -> tuple[int, int]:
 def store_means(x: Arguments) -> tuple[int, int]:
     """The sums, and the means of segments that have evicted."""
     written = int(x["counts_ptr"].count_nonzero()) * _row_size(x, "out_k_ptr")
-    return _size(x["sum_k_ptr"], x["sum_v_ptr"]) + written, 0
+    return _size(x["sum_k_ptr"], x["sum_v_ptr"]) + _descales(x) + written, 0
 
 
 def _live_rows(x: Arguments, row_size: int) -> int:

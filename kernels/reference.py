@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .types import KeyValueStats, PostVisionStats, Selection
+from .types import FP8_MAX, FP8_ROOM, KeyValueStats, PostVisionStats, Selection
 
 
 def post_vision_stats(
@@ -147,6 +147,8 @@ def compact_kv(
     max_kept: int,
     block_table: Tensor | None = None,
     out_block_table: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
 ) -> None:
     """Kept rows to the front of their segments of a ragged pool: `compact.compact_kv`."""
     num_kv_heads = k.shape[-2]
@@ -157,8 +159,11 @@ def compact_kv(
         source = _rows(kept, i, cu_seqlens_k, block_table, k)
         target = torch.arange(len(kept), device=k.device)
         target = _rows(target, s, cu_seqlens_out, out_block_table, out_k)
-        out_k.view(-1, out_k.shape[-1])[target] = k.reshape(-1, *k.shape[-2:])[source, h]
-        out_v.view(-1, out_v.shape[-1])[target] = v.reshape(-1, *v.shape[-2:])[source, h]
+        for x, out, descale in ((k, out_k, k_descale), (v, out_v, v_descale)):
+            rows = x.reshape(-1, *x.shape[-2:])[source, h]
+            if descale is not None:
+                rows = _quantised(rows, descale[s])
+            out.view(-1, out.shape[-1])[target] = rows
 
 
 def compact_layers(
@@ -172,14 +177,49 @@ def compact_layers(
     cu_seqlens_out: Tensor,
     *,
     max_kept: int,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
 ) -> None:
     """compact_kv of several layers into one pool: `compact.compact_layers`."""
     for layer, (layer_k, layer_v) in enumerate(zip(k, v, strict=True)):
         starts = cu_seqlens_out[layer]
         first = layer * (len(starts) - 1)
         kept = cu_kept[first : first + len(starts)]
-        source = (layer_k, layer_v, cu_seqlens_k, indices, kept)
-        compact_kv(*source, out_k, out_v, starts, max_kept=max_kept)
+        compact_kv(
+            *(layer_k, layer_v, cu_seqlens_k, indices, kept, out_k, out_v, starts),
+            max_kept=max_kept,
+            k_descale=None if k_descale is None else k_descale[layer],
+            v_descale=None if v_descale is None else v_descale[layer],
+        )
+
+
+def kept_descales(
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    cu_seqlens_k: Tensor | None,
+    indices: Tensor,
+    cu_kept: Tensor,
+    *,
+    max_kept: int,
+    block_table: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scales by which what is kept fits into fp8: `descales.kept_descales`."""
+    num_kv_heads, bounds = k[0].shape[-2], cu_kept.tolist()
+    num_segments = (len(bounds) - 1) // len(k)
+    descales = []
+    for layers in (k, v):
+        amax = torch.zeros(len(k), num_segments, 1, device=k[0].device)
+        for layer, x in enumerate(layers):
+            for s in range(num_segments):
+                i, h = divmod(s, num_kv_heads)
+                here = layer * num_segments + s
+                kept = indices[bounds[here] : bounds[here + 1]].long()
+                rows = x.reshape(-1, *x.shape[-2:])[_rows(kept, i, cu_seqlens_k, block_table, x), h]
+                if len(rows):
+                    amax[layer, s] = rows.float().abs().max()
+        descale = (amax / (FP8_MAX / FP8_ROOM)).clamp(min=torch.finfo(torch.float32).tiny)
+        descales.append(torch.where(amax > 0, descale, 1.0))
+    return descales[0], descales[1]
 
 
 def compact_kv_(
@@ -244,12 +284,16 @@ def store_means(
     cu_seqlens_out: Tensor | None,
     *,
     out_block_table: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
 ) -> None:
     """Means of what was evicted as first rows: `remainder.store_means`."""
     segments = counts.nonzero()[:, 0]
     row = _rows(torch.zeros_like(segments), segments, cu_seqlens_out, out_block_table, out_k)
-    for sums, out in ((sum_k, out_k), (sum_v, out_v)):
+    for sums, out, descale in ((sum_k, out_k, k_descale), (sum_v, out_v, v_descale)):
         mean = sums[segments].sum(1) / counts[segments, None]
+        if descale is not None:
+            mean = _quantised(mean, descale[segments])
         out.view(-1, out.shape[-1])[row] = mean.to(out.dtype)
 
 
@@ -271,6 +315,8 @@ def varlen_decode(
     first_key_bias: Tensor | None = None,
     sinks: Tensor | None = None,
     num_splits: int = 0,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     return_softmax_lse: bool = False,
     out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -300,7 +346,11 @@ def varlen_decode(
     if left >= 0:
         mask = mask & (columns >= diagonal - left)
     grouped = q.float().view(total_q, num_kv_heads, group, d)
-    logits = torch.einsum("qhgd,qkhd->qhgk", grouped, flat_k[source].float()[row_seq]) * scale
+    keys, values = (
+        _dequantised(x[source], descale)[row_seq]  # [total_q, max_seqlen_k, num_kv_heads, d]
+        for x, descale in ((flat_k, k_descale), (flat_v, v_descale))
+    )
+    logits = torch.einsum("qhgd,qkhd->qhgk", grouped, keys) * scale
     if softcap > 0:
         logits = torch.tanh(logits / softcap) * softcap
     if first_key_bias is not None:
@@ -316,7 +366,7 @@ def varlen_decode(
         sink = sink[row_seq % len(sink)]  # [total_q, H_kv, group, 1]
     weights = _softmax(logits, sink).masked_fill(~mask[:, None, None], 0.0)
     # A masked column may hold anything, NaN included: 0 * NaN would not be 0.
-    values = flat_v[source].float()[row_seq].masked_fill(~mask[..., None, None], 0.0)
+    values = values.masked_fill(~mask[..., None, None], 0.0)
     result = torch.einsum("qhgk,qkhd->qhgd", weights, values).reshape(total_q, num_heads, d_v)
     out = torch.empty_like(result, dtype=q.dtype) if out is None else out
     out.copy_(result)
@@ -336,6 +386,8 @@ def append_kv(
     seqused_k: Tensor,
     *,
     block_table: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
 ) -> None:
     """A step's K and V behind the live rows, and longer lengths: `append.append_kv`."""
     num_seqs, n = k.shape[:2]
@@ -347,8 +399,10 @@ def append_kv(
         fits = position < block_table.shape[1] * k_cache.shape[1]
     seq = torch.arange(num_seqs, device=k.device)[:, None].expand_as(position)
     target = _rows(position[fits], seq[fits], cu_seqlens_k, block_table, k_cache)
-    k_cache.view(-1, *k_cache.shape[-2:])[target] = k[fits].to(k_cache.dtype)
-    v_cache.view(-1, *v_cache.shape[-2:])[target] = v[fits].to(v_cache.dtype)
+    for new, cache, descale in ((k, k_cache, k_descale), (v, v_cache, v_descale)):
+        if descale is not None:
+            new = _quantised(new, descale[:, None, :, None])
+        cache.view(-1, *cache.shape[-2:])[target] = new[fits].to(cache.dtype)
     seqused_k += n
 
 
@@ -358,6 +412,17 @@ def _softmax(logits: Tensor, sink: Tensor | None) -> Tensor:
         return logits.softmax(-1)
     sink = sink.expand(*logits.shape[:-1], 1)
     return torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
+
+
+def _quantised(rows: Tensor, descale: Tensor) -> Tensor:
+    """The nearest fp8 (e4m3) values, ties to even, that are rows / descale; saturating."""
+    scaled = rows.float() / descale
+    return scaled.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+
+
+def _dequantised(x: Tensor, descale: Tensor | None) -> Tensor:
+    """Rows `[num_seqs, n, num_kv_heads, d]` in fp32, by the scales `[num_seqs, num_kv_heads]`."""
+    return x.float() if descale is None else x.float() * descale[:, None, :, None]
 
 
 def _live_keys(

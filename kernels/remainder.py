@@ -13,8 +13,10 @@ import triton
 from torch import Tensor
 
 from .checks import (
+    FP8,
     expect,
     expect_array,
+    expect_descale,
     expect_per_sequence,
     expect_same_device,
     expect_starts,
@@ -109,6 +111,8 @@ def store_means(
     cu_seqlens_out: Tensor | None,
     *,
     out_block_table: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
 ) -> None:
     """Write the mean of what was evicted as the first row of each segment of a ragged pool.
 
@@ -121,10 +125,12 @@ def store_means(
         cu_seqlens_out: `[num_segments + 1]` int32, whose starts alone are used; unused for
             pages, where it may be None.
         out_block_table: `[num_segments, max_blocks]` int32, pages of the pool.
+        k_descale, v_descale: `[num_segments, 1]` fp32 with an fp8 (e4m3) pool, as for compact_kv.
 
     Raises:
         ValueError: an argument that does not fit the others, by name.
-        NotImplementedError: a dtype that is not fp16, bf16 or fp32.
+        NotImplementedError: a dtype that is not fp16, bf16, fp32 or fp8 (e4m3), and fp8 on a GPU
+            of compute capability below 8.9.
     """
     expect(sum_k.dim() == 3, "sum_k", f"shape {tuple(sum_k.shape)}", "[num_segments, n, d]")
     num_segments, _, d = sum_k.shape
@@ -132,7 +138,9 @@ def store_means(
     for name, x in (("sum_k", sum_k), ("sum_v", sum_v)):
         expect_array(name, x, (*sum_k.shape[:2], x.shape[-1]), torch.float32)
     check_pool(num_segments, sum_k, sum_v, out_k, out_v, cu_seqlens_out, out_block_table)
-    expect_same_device(sum_k=sum_k, counts=counts)
+    expect_same_device(sum_k=sum_k, counts=counts, k_descale=k_descale, v_descale=v_descale)
+    for name, out, descale in (("k_descale", out_k, k_descale), ("v_descale", out_v, v_descale)):
+        expect_descale(name, descale, out.dtype == FP8, (num_segments, 1))
     expect_per_sequence(num_segments, counts=counts)
     if num_segments == 0:
         return
@@ -146,6 +154,8 @@ def store_means(
             out_v_ptr=out_v,
             cu_seqlens_out_ptr=cu_seqlens_out,
             out_block_table_ptr=out_block_table,
+            k_descale_ptr=k_descale,
+            v_descale_ptr=v_descale,
             num_sums=sum_k.shape[1],
             out_max_blocks=0 if out_block_table is None else out_block_table.shape[1],
             stride_out_k=out_k.stride(0),  # of a page, or of a row

@@ -6,6 +6,7 @@ import triton.language as tl
 from . import profiling
 from .addressing import live_length, load_rows, row_offsets, sequence_start
 from .compact_kernels import INTEGERS
+from .fp8 import quantised
 
 
 @triton.jit(
@@ -102,7 +103,13 @@ def _mean(
 
 @triton.jit(
     do_not_specialize=["num_sums", "out_max_blocks"],
-    do_not_specialize_on_alignment=["counts_ptr", "cu_seqlens_out_ptr", "out_block_table_ptr"],
+    do_not_specialize_on_alignment=[
+        "counts_ptr",
+        "cu_seqlens_out_ptr",
+        "out_block_table_ptr",
+        "k_descale_ptr",
+        "v_descale_ptr",
+    ],
     launch_metadata=profiling.store_means,
 )
 def _store_means_kernel(
@@ -113,6 +120,8 @@ def _store_means_kernel(
     out_v_ptr,
     cu_seqlens_out_ptr,
     out_block_table_ptr,
+    k_descale_ptr,  # [num_segments], or None
+    v_descale_ptr,
     num_sums,
     out_max_blocks,
     stride_out_k,
@@ -133,8 +142,14 @@ def _store_means_kernel(
             place = tl.load(out_block_table_ptr + start).to(tl.int64)
         dims = tl.arange(0, D)
         sums = sum_k_ptr + segment * num_sums * HEAD_SIZE
-        mean = _mean(sums, num_sums, count, HEAD_SIZE, D, ROWS).to(out_k_ptr.dtype.element_ty)
+        mean = _mean(sums, num_sums, count, HEAD_SIZE, D, ROWS)
+        if k_descale_ptr is not None:
+            mean = quantised(mean, tl.load(k_descale_ptr + segment))
+        mean = mean.to(out_k_ptr.dtype.element_ty)
         tl.store(out_k_ptr + place * stride_out_k + dims, mean, mask=dims < HEAD_SIZE)
         sums = sum_v_ptr + segment * num_sums * HEAD_SIZE_V
-        mean = _mean(sums, num_sums, count, HEAD_SIZE_V, D, ROWS).to(out_v_ptr.dtype.element_ty)
+        mean = _mean(sums, num_sums, count, HEAD_SIZE_V, D, ROWS)
+        if v_descale_ptr is not None:
+            mean = quantised(mean, tl.load(v_descale_ptr + segment))
+        mean = mean.to(out_v_ptr.dtype.element_ty)
         tl.store(out_v_ptr + place * stride_out_v + dims, mean, mask=dims < HEAD_SIZE_V)

@@ -104,7 +104,7 @@ def _prepare(
     expect_same_device(
         q=q, k=k, v=v, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, block_table=block_table
     )
-    expect_queries(q, block_table, k=k, v=v)
+    expect_queries(q, block_table, or_fp8=True, k=k, v=v)
     expect_starts("cu_seqlens_k", cu_seqlens_k, block_table=block_table, seqused_k=seqused_k)
     if cu_seqlens_k is None:
         two = seqused_k.dim() == 2

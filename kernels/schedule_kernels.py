@@ -16,6 +16,7 @@ from . import profiling
 from .addressing import sequence_start, store_rows
 from .decode_kernels import (
     LENGTHS,
+    OF_HEADS,
     attend_rows,
     combine_row,
     live_keys,
@@ -127,7 +128,7 @@ def _schedule_kernel(
         "rows_per_piece",
         "sink_rows",
     ],
-    do_not_specialize_on_alignment=[*LENGTHS, "first_key_bias_ptr", "sinks_ptr", "schedule_ptr"],
+    do_not_specialize_on_alignment=[*LENGTHS, *OF_HEADS, "schedule_ptr"],
     launch_metadata=profiling.decode_scheduled,
 )
 def _scheduled_kernel(
@@ -140,6 +141,8 @@ def _scheduled_kernel(
     block_table_ptr,
     first_key_bias_ptr,  # [num_seqs, num_kv_heads], natural log, or None
     sinks_ptr,  # [sink_rows, num_heads], natural log, or None
+    k_descale_ptr,  # [num_seqs, num_kv_heads] where K is fp8, or None
+    v_descale_ptr,
     schedule_ptr,
     out_ptr,  # [total_q, num_heads, d_v]
     lse_ptr,  # [num_heads, total_q], natural log, or None
@@ -210,6 +213,8 @@ def _scheduled_kernel(
                 v_ptr,
                 block_table_ptr,
                 first_key_bias_ptr,
+                k_descale_ptr,
+                v_descale_ptr,
                 seq,
                 head,
                 row_block,

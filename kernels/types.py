@@ -1,4 +1,4 @@
-"""What the operations give, and the one limit that their callers plan by."""
+"""What the operations give, and the limits that their callers plan by."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 MAX_SEQLEN_Q = 16  # query rows of a sequence that varlen_decode takes at once
+FP8_MAX = 448.0  # the largest number of e4m3
+# Tokens behind the kept ones may be twice as large before they saturate. It costs next to nothing:
+# e4m3 is a float, and has all bits of its mantissa down to the largest number divided by 2**14.
+FP8_ROOM = 2.0
 
 
 class PostVisionStats(NamedTuple):

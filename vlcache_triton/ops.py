@@ -18,6 +18,7 @@ from .kernels.operators import (
     compact_kv,
     compact_kv_,
     compact_layers,
+    kept_descales,
     key_value_stats,
     post_vision_stats,
     select_tokens,
@@ -34,6 +35,7 @@ __all__ = [
     "compact_kv_",
     "compact_layers",
     "get_backend",
+    "kept_descales",
     "key_value_stats",
     "post_vision_stats",
     "select_tokens",
@@ -54,6 +56,7 @@ class Backend(NamedTuple):
     select_tokens: Callable
     compact_kv: Callable
     compact_layers: Callable
+    kept_descales: Callable
     sum_evicted: Callable
     store_means: Callable
     varlen_decode: Callable

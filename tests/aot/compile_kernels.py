@@ -37,6 +37,7 @@ from vlcache_triton.kernels import (
     append,
     compact,
     decode,
+    descales,
     key_value_stats,
     remainder,
     schedule,
@@ -44,11 +45,12 @@ from vlcache_triton.kernels import (
     select,
 )
 
-TARGETS = (80, 90, 100)
+TARGETS = (80, 89, 90, 100)
 H100_MULTIPROCESSORS = 132
 TYPES = {
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
+    torch.float8_e4m3fn: "fp8e4nv",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -64,9 +66,11 @@ class Case:
     dtype: str
     head_size: int
     paged: bool
+    fp8: bool = False  # K and V of the pool
 
     def __str__(self) -> str:
-        return f"{self.dtype} d={self.head_size}" + (" paged" if self.paged else "")
+        name = f"{self.dtype} d={self.head_size}" + (" paged" if self.paged else "")
+        return name + (" fp8" if self.fp8 else "")
 
 
 @dataclass
@@ -107,6 +111,20 @@ CASES = [
     for head_size in (128, 64)
     for paged in (False, True)
 ] + [Case("bfloat16", head_size, False) for head_size in OTHER_HEAD_SIZES]
+CASES += [
+    Case("bfloat16", 128, False, fp8=True),
+    Case("bfloat16", 64, True, fp8=True),
+    Case("float32", 128, True, fp8=True),
+] + [
+    Case("bfloat16", head_size, False, fp8=True)
+    for head_size in OTHER_HEAD_SIZES
+    if head_size % 16 == 0
+]
+
+
+def is_possible(case: Case, target: int) -> bool:
+    """sm_80 has no fp8; sm_89 is compiled for where it differs by that."""
+    return target != 80 if case.fp8 else target != 89
 
 
 def is_quick(case: Case, target: int) -> bool:
@@ -114,6 +132,8 @@ def is_quick(case: Case, target: int) -> bool:
     their traits together."""
     if case.head_size in OTHER_HEAD_SIZES:
         return False
+    if case.fp8:
+        return case.dtype == "bfloat16" and target == (89 if case.paged else 90)
     return target == 90 or (case.dtype == "float32") ^ (case.head_size == 64) == case.paged
 
 
@@ -152,13 +172,15 @@ def call_host_functions(case: Case) -> None:
     def ints(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.int32, device="meta")
 
-    def cache_of(sequences: int, heads: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        if not case.paged:
-            shape = (sequences * length, heads, d)
-            return floats(*shape), floats(*shape), {}
-        shape = (sequences * length // PAGE_SIZE, PAGE_SIZE, heads, d)
-        table = ints(sequences, length // PAGE_SIZE)
-        return floats(*shape), floats(*shape), {"block_table": table}
+    def cache_of(
+        sequences: int, heads: int, dtype: torch.dtype = dtype
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        shape, pages = (sequences * length, heads, d), {}
+        if case.paged:
+            shape = (sequences * length // PAGE_SIZE, PAGE_SIZE, heads, d)
+            pages = {"block_table": ints(sequences, length // PAGE_SIZE)}
+        k, v = (torch.empty(shape, dtype=dtype, device="meta") for _ in range(2))
+        return k, v, pages
 
     k, v, pages = cache_of(num_seqs, NUM_KV_HEADS)
     starts = ints(num_seqs + 1)
@@ -174,7 +196,13 @@ def call_host_functions(case: Case) -> None:
     key_value_stats.key_value_stats(k, v, starts, length, **used, **pages)
 
     kept = (ints(num_segments * 800), ints(num_segments + 1))
-    pool_k, pool_v, pool_pages = cache_of(num_segments, 1)
+    pool_dtype, scales, layer_scales = dtype, {}, {}
+    if case.fp8:
+        pool_dtype = torch.float8_e4m3fn
+        names = ("k_descale", "v_descale")
+        layer_scales = {x: torch.empty(2, num_segments, 1, device="meta") for x in names}
+        scales = {name: x[0] for name, x in layer_scales.items()}
+    pool_k, pool_v, pool_pages = cache_of(num_segments, 1, pool_dtype)
     out_pages = {"out_block_table": pool_pages["block_table"]} if case.paged else {}
     compact.compact_kv(
         k,
@@ -187,21 +215,25 @@ def call_host_functions(case: Case) -> None:
         max_kept=800,
         **pages,
         **out_pages,
+        **scales,
     )
+    descales.kept_descales([k], [v], starts, *kept, max_kept=800, **pages)
     compact.compact_kv_(k, v, starts, *kept, max_kept=800, **pages)
     if not case.paged:
         layers = ([k, k], [v, v], starts, kept[0], ints(2 * num_segments + 1))
         places = ints(2, num_segments + 1)
-        compact.compact_layers(*layers, pool_k, pool_v, places, max_kept=800)
+        compact.compact_layers(*layers, pool_k, pool_v, places, max_kept=800, **layer_scales)
+        descales.kept_descales(*layers, max_kept=800)
 
     sums = remainder.sum_evicted(k, v, starts, *kept, length, **used, **pages)
     segment_starts = ints(num_segments + 1)
-    remainder.store_means(*sums, ints(num_segments), pool_k, pool_v, segment_starts, **out_pages)
+    means = (*sums, ints(num_segments), pool_k, pool_v, segment_starts)
+    remainder.store_means(*means, **out_pages, **scales)
 
     starts, used = ints(num_segments + 1), ints(num_segments)
     for num_rows in (1, 32):
         row = floats(num_segments, num_rows, 1, d)
-        append.append_kv(row, row, pool_k, pool_v, starts, used, **pool_pages)
+        append.append_kv(row, row, pool_k, pool_v, starts, used, **pool_pages, **scales)
     bias = torch.empty(num_segments, device="meta")
     both = dict(first_key_bias=bias, sinks=floats(NUM_KV_HEADS, group))
     # Split and direct, both with and without a bias and sinks; and the largest blocks of rows, with
@@ -221,13 +253,14 @@ def call_host_functions(case: Case) -> None:
             seqused_k=used,
             **options,
             **pool_pages,
+            **scales,
         )
     if schedule.IS_SUPPORTED:
         q = floats(num_segments, group, d)
         facts = (q, pool_k, pool_v, starts[None], 1, length)
         table = schedule.decode_schedule(*facts, seqused_k=used[None], num_new=1, **pool_pages)
         step = (q, pool_k, pool_v, starts, starts, 1, length)
-        where = dict(seqused_k=used, schedule=table[0], **both, **pool_pages)
+        where = dict(seqused_k=used, schedule=table[0], **both, **pool_pages, **scales)
         decode.varlen_decode(*step, causal=True, **where)
     if not case.paged:  # neither knows of dtypes or pages
         scores = torch.empty(32, NUM_KV_HEADS, num_seqs * length, device="meta")
@@ -337,7 +370,7 @@ def compile_all(wanted: Callable[[Case, int], bool], processes: int = 2) -> list
         (index, target)
         for index, launch in enumerate(all_launches())
         for target in TARGETS
-        if wanted(cases[launch.case], target)
+        if is_possible(cases[launch.case], target) and wanted(cases[launch.case], target)
     ]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         return list(pool.map(compile_launch, *zip(*jobs, strict=True)))

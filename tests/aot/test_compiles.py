@@ -12,7 +12,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 # Bytes a block may have; 163 KiB on sm_80, but 99 on sm_86 and sm_89, which are compiled for alike.
-SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_LIMIT = {80: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # The assemblers that come with Triton 3.6 to 3.9 keep one pair of registers in memory in a variant
 # or two, where that lets a second program run.
 STACK_LIMIT = 8
@@ -59,7 +59,10 @@ def check(rows: list[dict]) -> None:
             assert row["buffers"] >= 2, f"no block is read ahead: {row}"
             ahead = int(re.search(r"num_stages=(\d)", row["configuration"])[1]) - 2
             assert row["on_their_way"] >= STREAMS[row["kernel"]] * ahead, f"waits for loads: {row}"
-            assert all(copy.endswith(".128") for copy in row["copies"]), f"narrow copies: {row}"
+            copies = set(row["copies"])
+            if "fp8" in row["case"]:  # V, which Triton reads across, comes 8 bytes at a time
+                copies -= {"LDGSTS.E.64"}
+            assert copies and all(x.endswith(".128") for x in copies), f"narrow copies: {row}"
 
 
 def test_every_kernel_compiles_without_spills_and_within_shared_memory(tmp_path):
@@ -67,7 +70,9 @@ def test_every_kernel_compiles_without_spills_and_within_shared_memory(tmp_path)
     check(rows)
     for target in SHARED_LIMIT:
         parts = {part for row in rows if row["target"] == target for part in row["case"].split()}
-        assert parts == {"bfloat16", "float32", "d=64", "d=128", "paged"}
+        usual = {"bfloat16", "float32", "d=64", "d=128", "paged"}
+        fp8 = {89: {"bfloat16", "d=64", "paged", "fp8"}, 90: usual | {"fp8"}}
+        assert parts == fp8.get(target, usual)
 
 
 @pytest.mark.slow

@@ -279,7 +279,7 @@ def bits(x: Tensor) -> Tensor:
     """The bit patterns of x, which compare equal where NaN does not."""
     if not x.is_floating_point():
         return x
-    return x.view(torch.int16 if x.element_size() == 2 else torch.int32)
+    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()])
 
 
 def assert_identical(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:

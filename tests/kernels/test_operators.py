@@ -19,6 +19,7 @@ NAMES = [
     "compact_kv",
     "compact_kv_",
     "compact_layers",
+    "kept_descales",
     "sum_evicted",
     "store_means",
     "varlen_decode",
@@ -66,6 +67,9 @@ def arguments(name: str, page_size: int | None) -> tuple[tuple, dict]:
         places = torch.arange(14, dtype=torch.int32).view(2, 7) * 6
         places[1] -= 6
         return (*layers, *kept, *pool, places), {"max_kept": 5}
+    if name == "kept_descales":
+        kept = torch.cat([selection.indices] * 2), cumulative([4, 4, 0, 0, 5, 5] * 2)
+        return ([k, k + 1], [v, v + 1], batch.cu_seqlens_k, *kept), {"max_kept": 5, **where}
     if name == "sum_evicted":
         return (*source, 9), batch.cache
     if name == "store_means":
@@ -120,6 +124,22 @@ def test_opcheck_with_sinks(name):
     args, options = arguments(name, 4)
     more = {"num_splits": 2} if name == "varlen_decode" else {}
     torch.library.opcheck(registered(name), args, {**options, "sinks": torch.ones(4), **more})
+
+
+@pytest.mark.parametrize(
+    "name", ["compact_kv", "compact_layers", "store_means", "varlen_decode", "append_kv"]
+)
+def test_opcheck_of_fp8(name):
+    """But for the schema, whose check compares tensors as torch cannot compare fp8."""
+    args, options = arguments(name, None)
+    args, caches = list(args), {"varlen_decode": (1, 2), "append_kv": (2, 3), "store_means": (3, 4)}
+    for i in caches.get(name, (5, 6)):
+        args[i] = args[i].to(torch.float8_e4m3fn)
+    shape = {"compact_layers": (2, 6, 1), "varlen_decode": (3, 2), "append_kv": (3, 2)}
+    k_descale, v_descale = torch.rand(2, *shape.get(name, (6, 1)))
+    options |= {"k_descale": k_descale, "v_descale": v_descale.clone()}
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(registered(name), tuple(args), options, test_utils=checks)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -13,6 +13,7 @@ from vlcache_triton.kernels import (
     append,
     compact,
     decode,
+    descales,
     key_value_stats,
     remainder,
     schedule,
@@ -22,7 +23,9 @@ from vlcache_triton.kernels import (
 
 KERNELS = {
     name: module
-    for module in (append, compact, decode, key_value_stats, remainder, schedule, score, select)
+    for module in (
+        *(append, compact, decode, descales, key_value_stats, remainder, schedule, score, select),
+    )
     for name in vars(module)
     if name.endswith("_kernel")
 }
@@ -49,7 +52,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_every_kernel_tells() -> None:
-    assert len(KERNELS) == 17
+    assert len(KERNELS) == 18
 
 
 @pytest.mark.parametrize("page_size", [None, 16])
@@ -167,6 +170,32 @@ def test_append(device, told) -> None:
     cache, used = torch.zeros(20, KV_HEADS, D, device=device), cumulative([1], device)
     append.append_kv(new, new, cache, cache, cumulative([10, 10], device), used)
     assert told("_append_kernel") == {"bytes": 2 * 2 * new.numel() * 4}
+
+
+def test_fp8(device, told) -> None:
+    """A byte an element, and scales; what becomes fp8 is read in its own dtype."""
+    case = random_case([70, 9], [20, 22, 0, 3], d_v=D_V, before=4, device=device)
+    size, kept, fp8 = case.k.element_size(), 45, torch.float8_e4m3fn
+    selection = {k: v for k, v in case.selection.items() if k != "cu_seqlens_k"}
+    counts = selection | {"cu_kept": case.cu_kept, "indices": case.indices}
+    scales = descales.kept_descales([case.k], [case.v], case.cu_seqlens_k, **counts)
+    rows = kept * (D + D_V)
+    assert told("_kept_amax_kernel") == {"bytes": rows * size + 4 * kept + 2 * 4 * 4}
+    given = {"k_descale": scales[0][0], "v_descale": scales[1][0]}
+    pool = [torch.zeros(200, 1, d, device=device).to(fp8) for d in (D, D_V)]
+    out = dict(out_k=pool[0], out_v=pool[1], cu_seqlens_out=cumulative([50] * 4, device))
+    compact.compact_kv(case.k, case.v, **case.selection, **out, **given)
+    assert told("_compact_kernel") == {"bytes": rows * (size + 1) + 4 * kept + 2 * 4 * 4}
+    new = torch.zeros(2, 3, KV_HEADS, D, device=device)
+    cache, used = torch.zeros(20, KV_HEADS, D, device=device).to(fp8), cumulative([1], device)
+    given = {name: x.view(2, 2) for name, x in given.items()}
+    append.append_kv(new, new, cache, cache, cumulative([10, 10], device), used, **given)
+    assert told("_append_kernel") == {"bytes": 2 * new.numel() * (4 + 1) + 2 * 4 * 4}
+    q = torch.zeros(2, HEADS, D, dtype=torch.float16, device=device)
+    starts = cumulative([1, 1], device), cumulative([9, 9], device)
+    decode.varlen_decode(q, cache, cache, *starts, 1, 9, **given)
+    keys = 18 * KV_HEADS * 2 * D
+    assert told("_split_kernel")["bytes"] == 2 * q.numel() * 2 + keys + 2 * 4 * 4
 
 
 def test_nothing_is_read_while_a_graph_is_captured(device, told, monkeypatch) -> None:
