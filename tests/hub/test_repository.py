@@ -97,7 +97,7 @@ def test_the_four_kernels_run_from_it_and_its_benchmark_verifies_them(
 
 def test_it_offers_all_operations_and_nothing_else(kernel):
     operations = ["append_kv", "compact_kv", "compact_kv_", "post_vision_stats", "select_tokens"]
-    operations += ["store_means", "sum_evicted", "varlen_decode"]
+    operations += ["kept_descales", "store_means", "sum_evicted", "varlen_decode"]
     others = ["PostVisionStats", "Selection", "decode_workspace"]
     assert sorted(kernel.__all__) == sorted([*others, *operations])
     assert all(hasattr(kernel, name) for name in kernel.__all__)
