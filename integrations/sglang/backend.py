@@ -79,13 +79,10 @@ class VLCacheAttnBackend(TritonAttnBackend):
             return
         self.layout.reset(forward_batch.req_pool_indices)
         if forward_batch.rids is not None:  # None: a warm-up batch
-            chunks = (
-                forward_batch.rids,
-                forward_batch.extend_prefix_lens_cpu,
-                forward_batch.extend_seq_lens_cpu,
-            )
-            self.measurement = plan_measurement(self.table, *chunks, self.req_to_token)
-            self.ending = ending_prompts(self.table, *chunks)
+            lengths = forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu
+            spans = list(zip(forward_batch.rids, *lengths, strict=True))
+            self.measurement = plan_measurement(self.table, spans, self.req_to_token)
+            self.ending = ending_prompts(self.table, spans)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Tables at fixed addresses. Every captured step uses the front of the same ones."""

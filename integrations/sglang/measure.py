@@ -26,6 +26,9 @@ from vlcache_triton.recipe.prompt import Prompt
 from .prompts import ChunkStats, PromptTable, TrackedPrompt
 from .ranks import Ranks
 
+#: A request of a prefill: its id, the tokens that are in the cache, and those that are read now.
+Span = tuple[str, int, int]
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -108,15 +111,11 @@ class Measurement:
 
 
 def plan_measurement(
-    table: PromptTable,
-    rids: Sequence[str],
-    prefix_lens: Sequence[int],
-    extend_lens: Sequence[int],
-    req_to_token: Tensor,
+    table: PromptTable, spans: Sequence[Span], req_to_token: Tensor
 ) -> Measurement | None:
     """What to measure in a prefill of these requests; None where there is nothing."""
     chunks, start = [], 0
-    for rid, prefix, extend in zip(rids, prefix_lens, extend_lens, strict=True):
+    for rid, prefix, extend in spans:
         prompt, offset = table.get(rid), start - prefix
         start += extend
         if prompt is None or prompt.is_packed or prefix >= prompt.length:
@@ -143,18 +142,13 @@ def plan_measurement(
     )
 
 
-def ending_prompts(
-    table: PromptTable,
-    rids: Sequence[str],
-    prefix_lens: Sequence[int],
-    extend_lens: Sequence[int],
-) -> list[TrackedPrompt]:
+def ending_prompts(table: PromptTable, spans: Sequence[Span]) -> list[TrackedPrompt]:
     """The prompts that no later chunk will attend to as a whole: to be compressed after this one.
 
     A retracted request's prefill goes on behind its prompt, over the output it had given.
     """
     ending = []
-    for rid, prefix, extend in zip(rids, prefix_lens, extend_lens, strict=True):
+    for rid, prefix, extend in spans:
         prompt = table.get(rid)
         if prompt is not None and not prompt.is_packed and prefix + extend >= prompt.prefilled:
             ending.append(prompt)

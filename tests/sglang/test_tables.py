@@ -66,10 +66,8 @@ class Server:
         """One forward over positions [first, last) of each request; (prompts that end, plan)."""
         for req in reqs:
             self.table.see(req)
-        prefix = [first for first, _ in spans]
-        extend = [last - first for first, last in spans]
-        rids = [req.rid for req in reqs]
-        measured = plan_measurement(self.table, rids, prefix, extend, self.req_to_token)
+        parts = [(r.rid, a, b - a) for r, (a, b) in zip(reqs, spans, strict=True)]
+        measured = plan_measurement(self.table, parts, self.req_to_token)
         for layer in range(LAYERS if measured is not None else 0):
             rows = [
                 self.q[layer, req.kv.req_pool_idx, a:b]
@@ -77,7 +75,7 @@ class Server:
             ]
             k = self.pool.k_buffer[layer][:, None]
             measured.add_layer(layer, LAYERS, torch.cat(rows), k, 0.25, self.config, self.ops)
-        ending = ending_prompts(self.table, rids, prefix, extend)
+        ending = ending_prompts(self.table, parts)
         if not ending:
             return None
         return ending, plan_prompts(ending, self.config, Ranks(), self.ops, self.profile)

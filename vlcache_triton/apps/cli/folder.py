@@ -24,8 +24,9 @@ def check_folder(out: Path, settings: dict[str, Any], results: str) -> None:
             found = json.loads((out / SETTINGS).read_text())
     except ValueError as error:
         raise UserError(f"out: {str(out / SETTINGS)!r} holds no JSON: {error}") from error
-    if found != settings:
-        raise UserError(f"out: {str(out)!r} holds results of {found}, expected {settings}")
+    expected = json.loads(json.dumps(settings))  # of tuples lists
+    if found != expected:
+        raise UserError(f"out: {str(out)!r} holds results of {found}, expected {expected}")
 
 
 def make_folder(out: Path, settings: dict[str, Any]) -> None:

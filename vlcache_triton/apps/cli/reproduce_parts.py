@@ -51,18 +51,10 @@ class Plan:
     failed: list[str] = field(default_factory=list)
 
     def settings(self, data: Path | None) -> dict[str, Any]:
-        """What a folder's results are of; ready for JSON."""
-        return {
-            "model": self.model,
-            "data": data and str(data),
-            "suites": list(self.suites),
-            "tasks": list(self.tasks),
-            "budgets": self.budgets,
-            "limit": self.limit,
-            "shapes": [list(shape) for shape in self.shapes],
-            "new_tokens": self.new_tokens,
-            "dtype": self.dtype,
-        }
+        """What a folder's results are of."""
+        names = ("suites", "tasks", "budgets", "limit", "shapes", "new_tokens", "dtype")
+        chosen = {name: getattr(self, name) for name in names}
+        return {"model": self.model, "data": data and str(data), **chosen}
 
     @property
     def through_lmms(self) -> bool:
