@@ -58,7 +58,8 @@ def append_kv(
         k, v, k_cache, v_cache, cu_seqlens_k, seqused_k, block_table, k_descale, v_descale
     )
     with current(k.device):
-        _append_kernel[launch.grid](
+        _append_kernel.run(
+            **launch,
             new_k_ptr=k,
             new_v_ptr=v,
             k_ptr=k_cache,
@@ -68,7 +69,6 @@ def append_kv(
             block_table_ptr=block_table,
             k_descale_ptr=k_descale,
             v_descale_ptr=v_descale,
-            **launch.constants,
         )
 
 

@@ -102,10 +102,11 @@ def compact_kv(
         v_descale,
         max_kept=max_kept,
     )
-    if launch.grid[0] == 0 or max_kept <= 0:
+    if launch["grid"][0] == 0 or max_kept <= 0:
         return
     with current(k.device):
-        _compact_kernel[launch.grid](
+        _compact_kernel.run(
+            **launch,
             k_ptr=k,
             v_ptr=v,
             layers_ptr=None,
@@ -119,7 +120,6 @@ def compact_kv(
             out_block_table_ptr=out_block_table,
             k_descale_ptr=k_descale,
             v_descale_ptr=v_descale,
-            **launch.constants,
         )
 
 
@@ -143,8 +143,8 @@ def _prepare(
     num_segments = check_selection(k, v, cu_seqlens_k, indices, cu_kept, block_table, or_fp8=True)
     check_pool(num_segments, k, v, out_k, out_v, cu_seqlens_out, out_block_table)
     check_descales(num_segments, k, v, out_k, out_v, k_descale, v_descale)
-    grid, constants = moving_launch(k, v, block_table, num_segments, max_kept)
-    constants |= {
+    launch = moving_launch(k, v, block_table, num_segments, max_kept)
+    launch |= {
         "out_max_blocks": 0 if out_block_table is None else out_block_table.shape[1],
         "stride_out_k_page": 0 if out_block_table is None else out_k.stride(0),
         "stride_out_k_row": out_k.stride(-3),
@@ -152,7 +152,7 @@ def _prepare(
         "stride_out_v_row": out_v.stride(-3),
         "OUT_PAGE_SIZE": 1 if out_block_table is None else out_k.shape[1],
     }
-    return Launch(grid, constants)
+    return launch
 
 
 def moving_launch(k, v, block_table, num_segments: int, max_kept: int) -> Launch:
@@ -235,8 +235,10 @@ def compact_layers(
         )
         if num_segments == 0 or max_kept <= 0:
             return
+        grid = (len(layers) * num_segments, *launch["grid"][1:])
         with current(out_k.device):
-            _compact_kernel[(len(layers) * num_segments, *launch.grid[1:])](
+            _compact_kernel.run(
+                **(launch | {"grid": grid, "ALIGNED": aligned}),
                 k_ptr=k[like],
                 v_ptr=v[like],
                 layers_ptr=layers,
@@ -250,7 +252,6 @@ def compact_layers(
                 out_block_table_ptr=None,
                 k_descale_ptr=k_descale,
                 v_descale_ptr=v_descale,
-                **(launch.constants | {"ALIGNED": aligned}),
             )
 
 
@@ -299,30 +300,43 @@ def compact_kv_(
     K and V and their columns, 64 bytes each, go to programs of their own; 32 where these are fewer
     than multiprocessors, as at batch 1.
     """
-    num_segments = check_selection(k, v, cu_seqlens_k, indices, cu_kept, block_table)
-    if num_segments == 0 or max_kept <= 0:
+    launch = _prepare_in_place(
+        *(k, v, cu_seqlens_k, indices, cu_kept, block_table),
+        multiprocessors=num_multiprocessors(k.device),
+    )
+    if launch["grid"][0] == 0 or max_kept <= 0:
         return
-    multiprocessors = num_multiprocessors(k.device)
-    for column_bytes in COLUMN_BYTES:
-        columns_k, columns_v = (column_bytes // x.element_size() for x in (k, v))
-        slices_k = triton.cdiv(k.shape[-1], columns_k)
-        slices_v = triton.cdiv(v.shape[-1], columns_v)
-        if num_segments * (slices_k + slices_v) >= multiprocessors:
-            break
     with current(k.device):
-        _compact_in_place_kernel[(num_segments, slices_k + slices_v)](
+        _compact_in_place_kernel.run(
+            **launch,
             k_ptr=k,
             v_ptr=v,
             cu_seqlens_k_ptr=cu_seqlens_k,
             indices_ptr=indices,
             cu_kept_ptr=cu_kept,
             block_table_ptr=block_table,
-            **source_constants(k, v, block_table),
-            COLUMNS_K=columns_k,
-            COLUMNS_V=columns_v,
-            ROWS=IN_PLACE_BYTES // column_bytes,
-            num_warps=8,
         )
+
+
+@once_per_signature
+def _prepare_in_place(
+    k, v, cu_seqlens_k, indices, cu_kept, block_table, *, multiprocessors: int
+) -> Launch:
+    num_segments = check_selection(k, v, cu_seqlens_k, indices, cu_kept, block_table)
+    for column_bytes in COLUMN_BYTES:
+        columns_k, columns_v = (column_bytes // x.element_size() for x in (k, v))
+        slices_k = triton.cdiv(k.shape[-1], columns_k)
+        slices_v = triton.cdiv(v.shape[-1], columns_v)
+        if num_segments * (slices_k + slices_v) >= multiprocessors:
+            break
+    constants = {
+        **source_constants(k, v, block_table),
+        "COLUMNS_K": columns_k,
+        "COLUMNS_V": columns_v,
+        "ROWS": IN_PLACE_BYTES // column_bytes,
+        "num_warps": 8,
+    }
+    return Launch((num_segments, slices_k + slices_v), constants)
 
 
 def source_constants(k, v, block_table) -> dict[str, Any]:

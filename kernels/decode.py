@@ -266,22 +266,22 @@ def varlen_decode(
     with current(q.device):
         if schedule is not None:
             keys |= {"schedule_ptr": schedule, **result}
-            _scheduled_kernel[launch.splits.grid](**keys, **partial, **launch.splits.constants)
+            _scheduled_kernel.run(**launch.splits, **keys, **partial)
             assert launch.combination is not None
-            _combine_pieces_kernel[launch.combination.grid](
-                **partial, **result, schedule_ptr=schedule, **launch.combination.constants
+            _combine_pieces_kernel.run(
+                **launch.combination, **partial, **result, schedule_ptr=schedule
             )
             return (out, lse) if lse is not None else out
         is_last = launch.combination is None  # then sinks enter here
         keys |= {"out_ptr": to, "lse_ptr": to_lse, "sinks_ptr": sinks if is_last else None}
-        _split_kernel[launch.splits.grid](**keys, **launch.splits.constants)
+        _split_kernel.run(**launch.splits, **keys)
         if launch.combination is not None:
-            _combine_splits_kernel[launch.combination.grid](
+            _combine_splits_kernel.run(
+                **launch.combination,
                 **partial,
                 **result,
                 cu_seqlens_k_ptr=cu_seqlens_k,
                 seqused_k_ptr=seqused_k,
-                **launch.combination.constants,
             )
     return (out, lse) if lse is not None else out
 

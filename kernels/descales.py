@@ -63,10 +63,12 @@ def kept_descales(
     if num_segments > 0 and max_kept > 0:
         alike = layers_alike(k, v) if num_layers > 1 else [(0, None, False)]
         for like, layers, aligned in alike:
-            grid, constants = moving_launch(k[like], v[like], block_table, num_segments, max_kept)
+            launch = moving_launch(k[like], v[like], block_table, num_segments, max_kept)
+            num_alike = 1 if layers is None else len(layers)
+            grid = (num_alike * num_segments, *launch["grid"][1:])
             with current(k[0].device):
-                num_alike = 1 if layers is None else len(layers)
-                _kept_amax_kernel[(num_alike * num_segments, *grid[1:])](
+                _kept_amax_kernel.run(
+                    **(launch | {"grid": grid, "ALIGNED": aligned}),
                     k_ptr=k[like],
                     v_ptr=v[like],
                     layers_ptr=layers,
@@ -76,7 +78,6 @@ def kept_descales(
                     block_table_ptr=block_table,
                     amax_k_ptr=amax[0],
                     amax_v_ptr=amax[1],
-                    **(constants | {"ALIGNED": aligned}),
                 )
     k_amax, v_amax = amax.view(torch.float32)[..., None]
     return _descale_of(k_amax), _descale_of(v_amax)

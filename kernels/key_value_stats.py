@@ -7,13 +7,15 @@ statistics of a sequence are the same on every run, and whatever other sequences
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
 
 from .checks import expect_per_sequence, expect_rows, expect_same_device, expect_starts
 from .key_value_stats_kernels import _cosine_kernel, _mean_kernel, _sum_kernel
-from .launch import cache_constants, current, padded
+from .launch import Launch, cache_constants, current, once_per_signature, padded
 from .types import KeyValueStats
 
 CHUNK = 256  # keys that one program takes, so that one long prompt fills the GPU
@@ -44,9 +46,42 @@ def key_value_stats(
     Raises:
         ValueError: an argument that does not fit the others, by name.
         NotImplementedError: a dtype that is not fp16, bf16 or fp32.
-
-    Over 60 lines by the arguments of three launches, a line each.
     """
+    launch = _prepare(k, v, cu_seqlens_k, seqused_k, block_table, max_seqlen_k=max_seqlen_k)
+    num_seqs, (num_kv_heads, d) = cu_seqlens_k.shape[0] - 1, k.shape[-2:]
+    num_segments, num_chunks = launch.sums["grid"]
+    sums = k.new_empty(num_segments, num_chunks, d, dtype=torch.float32)
+    mean_key = k.new_empty(num_seqs, num_kv_heads, d, dtype=torch.float32)
+    mean_key_norm = k.new_empty(num_seqs, num_kv_heads, dtype=torch.float32)
+    key_cosine, value_norm = (
+        k.new_zeros(num_kv_heads, launch.total_k, dtype=torch.float32) for _ in range(2)
+    )
+    stats = KeyValueStats(mean_key, mean_key_norm, key_cosine, value_norm)
+    if num_segments == 0:
+        return stats
+    shared = {"cu_seqlens_k_ptr": cu_seqlens_k, "seqused_k_ptr": seqused_k}
+    keys = {"k_ptr": k, "block_table_ptr": block_table}
+    means = {"mean_ptr": mean_key, "mean_norm_ptr": mean_key_norm}
+    with current(k.device):
+        _sum_kernel.run(
+            **launch.sums, v_ptr=v, sum_ptr=sums, value_norm_ptr=value_norm, **keys, **shared
+        )
+        _mean_kernel.run(**launch.means, sum_ptr=sums, **means, **shared)
+        _cosine_kernel.run(**launch.cosines, key_cosine_ptr=key_cosine, **keys, **means, **shared)
+    return stats
+
+
+class _Prepared(NamedTuple):
+    """Launches of a signature, and the width of what they write by key."""
+
+    sums: Launch
+    means: Launch
+    cosines: Launch
+    total_k: int
+
+
+@once_per_signature
+def _prepare(k, v, cu_seqlens_k, seqused_k, block_table, *, max_seqlen_k: int) -> _Prepared:
     expect_same_device(
         k=k, v=v, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, block_table=block_table
     )
@@ -57,63 +92,24 @@ def key_value_stats(
     per_sequence = dict(cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, block_table=block_table)
     expect_per_sequence(num_seqs, **per_sequence)
     num_segments = num_seqs * num_kv_heads
-    total_k = k.shape[0] if block_table is None else num_seqs * max_seqlen_k
     num_chunks = max(triton.cdiv(max_seqlen_k, CHUNK), 1)
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=torch.float32, device=k.device)
-
-    sums = empty(num_segments, num_chunks, d)
-    mean_key, mean_key_norm = empty(num_seqs, num_kv_heads, d), empty(num_seqs, num_kv_heads)
-    shape = (num_kv_heads, total_k)
-    key_cosine, value_norm = (
-        torch.zeros(shape, dtype=torch.float32, device=k.device) for _ in range(2)
-    )
-    if num_segments == 0:
-        return KeyValueStats(mean_key, mean_key_norm, key_cosine, value_norm)
-    shared = {
-        "cu_seqlens_k_ptr": cu_seqlens_k,
-        "seqused_k_ptr": seqused_k,
-        "num_kv_heads": num_kv_heads,
-        "HEAD_SIZE": d,
-        "num_warps": 4,
+    total_k = k.shape[0] if block_table is None else num_seqs * max_seqlen_k
+    shared = {"num_kv_heads": num_kv_heads, "HEAD_SIZE": d, "num_warps": 4}
+    by_key = {**shared, "total_k": total_k, "CHUNK": CHUNK}
+    sums = {
+        **by_key,
+        **cache_constants(block_table, k=k, v=v),
+        "HEAD_SIZE_V": v.shape[-1],
+        **_tile(max(d, v.shape[-1])),
     }
-    grid = (num_segments, num_chunks)
-    with current(k.device):
-        _sum_kernel[grid](
-            k_ptr=k,
-            v_ptr=v,
-            block_table_ptr=block_table,
-            **cache_constants(block_table, k=k, v=v),
-            sum_ptr=sums,
-            value_norm_ptr=value_norm,
-            total_k=total_k,
-            HEAD_SIZE_V=v.shape[-1],
-            CHUNK=CHUNK,
-            **shared,
-            **_tile(max(d, v.shape[-1])),
-        )
-        _mean_kernel[(num_segments,)](
-            sum_ptr=sums,
-            mean_ptr=mean_key,
-            mean_norm_ptr=mean_key_norm,
-            num_chunks=num_chunks,
-            **shared,
-            **_tile(d),
-        )
-        _cosine_kernel[grid](
-            k_ptr=k,
-            block_table_ptr=block_table,
-            **cache_constants(block_table, k=k),
-            mean_ptr=mean_key,
-            mean_norm_ptr=mean_key_norm,
-            key_cosine_ptr=key_cosine,
-            total_k=total_k,
-            CHUNK=CHUNK,
-            **shared,
-            **_tile(d),
-        )
-    return KeyValueStats(mean_key, mean_key_norm, key_cosine, value_norm)
+    means = {**shared, "num_chunks": num_chunks, **_tile(d)}
+    cosines = {**by_key, **cache_constants(block_table, k=k), **_tile(d)}
+    return _Prepared(
+        Launch((num_segments, num_chunks), sums),
+        Launch((num_segments,), means),
+        Launch((num_segments, num_chunks), cosines),
+        total_k,
+    )
 
 
 def _tile(head_size: int) -> dict[str, int]:

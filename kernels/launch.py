@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -22,11 +22,15 @@ MAX_SIGNATURES = 1024  # remembered of each operation: prompts come in many leng
 NOTHING_TO_DO = nullcontext()
 
 
-class Launch(NamedTuple):
-    """What a signature decides of a launch: the grid, and every argument that is no tensor."""
+class Launch(dict[str, Any]):
+    """What a signature decides of a launch: the grid, and every argument that is no tensor.
 
-    grid: tuple[int, ...]
-    constants: dict[str, Any]
+    `kernel.run(**launch, ...)` is `kernel[grid](...)` without a closure that packs the thirty
+    arguments once more. First those that are many: the rest is then put to a copy of them.
+    """
+
+    def __init__(self, grid: tuple[int, ...], constants: dict[str, Any]) -> None:
+        super().__init__(constants, grid=grid, warmup=False)
 
 
 def once_per_signature(prepare: Callable[..., T]) -> Callable[..., T]:

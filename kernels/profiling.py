@@ -134,23 +134,28 @@ def _post_vision(x: Arguments, others: int) -> tuple[int, int]:
     return _size(q) + int(keys.sum()) * rows + others, products
 
 
+def _row_stats_size(x: Arguments) -> int:
+    """Bytes of two numbers for each query row and head, of all splits or of one."""
+    return 8 * x["k_ptr"].shape[-2] * x["total_q"] * x["GROUP_PADDED"]
+
+
 @_launch_metadata
 def score_rows(x: Arguments) -> tuple[int, int]:
     """Q, the live keys, and the partial results."""
-    return _post_vision(x, _size(x["partials_ptr"]))
+    return _post_vision(x, x["num_splits"] * _row_stats_size(x))
 
 
 @_launch_metadata
 def score_row_stats(x: Arguments) -> tuple[int, int]:
     """Partial results, and what they become."""
-    return _size(x["partials_ptr"], x["row_stats_ptr"]), 0
+    return _size(x["row_stats_ptr"]), 0
 
 
 @_launch_metadata
 def score_columns(x: Arguments) -> tuple[int, int]:
     """Q, the live keys and the rows' statistics, and the keys' scores."""
     scores = int(_lengths(x, True).sum()) * x["k_ptr"].shape[-2] * 4
-    return _post_vision(x, _size(x["row_stats_ptr"]) + scores)
+    return _post_vision(x, _row_stats_size(x) + scores)
 
 
 @_launch_metadata

@@ -22,7 +22,7 @@ from .checks import (
     expect_starts,
 )
 from .compact import check_pool, check_selection, source_constants
-from .launch import current, padded
+from .launch import Launch, current, once_per_signature, padded
 from .remainder_kernels import _store_means_kernel, _sum_evicted_kernel
 
 CHUNK = 256  # rows that one program adds up, so that one long prompt fills the GPU
@@ -66,6 +66,35 @@ def sum_evicted(
         ValueError: an argument that does not fit the others, by name.
         NotImplementedError: a dtype that is not fp16, bf16 or fp32.
     """
+    launch = _prepare_sums(
+        *(k, v, cu_seqlens_k, indices, cu_kept, seqused_k, block_table), max_seqlen_k=max_seqlen_k
+    )
+    num_segments, chunks = launch["grid"]
+    sum_k, sum_v = (
+        k.new_empty(num_segments, chunks, x.shape[-1], dtype=torch.float32) for x in (k, v)
+    )
+    if num_segments == 0:
+        return sum_k, sum_v
+    with current(k.device):
+        _sum_evicted_kernel.run(
+            **launch,
+            k_ptr=k,
+            v_ptr=v,
+            cu_seqlens_k_ptr=cu_seqlens_k,
+            indices_ptr=indices,
+            cu_kept_ptr=cu_kept,
+            block_table_ptr=block_table,
+            seqused_k_ptr=seqused_k,
+            sum_k_ptr=sum_k,
+            sum_v_ptr=sum_v,
+        )
+    return sum_k, sum_v
+
+
+@once_per_signature
+def _prepare_sums(
+    k, v, cu_seqlens_k, indices, cu_kept, seqused_k, block_table, *, max_seqlen_k: int
+) -> Launch:
     num_segments = check_selection(k, v, cu_seqlens_k, indices, cu_kept, block_table)
     num_seqs = num_segments // k.shape[-2]
     if seqused_k is not None:
@@ -74,32 +103,12 @@ def sum_evicted(
     else:
         expect_starts("cu_seqlens_k", cu_seqlens_k, block_table=block_table, seqused_k=seqused_k)
         expect_per_sequence(num_seqs, cu_seqlens_k=cu_seqlens_k)
-    chunks = num_chunks(max_seqlen_k)
-    sum_k, sum_v = (
-        torch.empty(num_segments, chunks, x.shape[-1], dtype=torch.float32, device=k.device)
-        for x in (k, v)
-    )
-    if num_segments == 0:
-        return sum_k, sum_v
-    d = padded(max(k.shape[-1], v.shape[-1]))
-    with current(k.device):
-        _sum_evicted_kernel[(num_segments, chunks)](
-            k_ptr=k,
-            v_ptr=v,
-            cu_seqlens_k_ptr=cu_seqlens_k,
-            indices_ptr=indices,
-            cu_kept_ptr=cu_kept,
-            block_table_ptr=block_table,
-            **source_constants(k, v, block_table),
-            seqused_k_ptr=seqused_k,
-            sum_k_ptr=sum_k,
-            sum_v_ptr=sum_v,
-            D=d,
-            ROWS=max(SUMS_BYTES // (4 * d), 1),
-            CHUNK=CHUNK,
-            num_warps=4,
-        )
-    return sum_k, sum_v
+    constants = {
+        **source_constants(k, v, block_table),
+        **_tile(max(k.shape[-1], v.shape[-1])),
+        "CHUNK": CHUNK,
+    }
+    return Launch((num_segments, num_chunks(max_seqlen_k)), constants)
 
 
 def store_means(
@@ -132,21 +141,15 @@ def store_means(
         NotImplementedError: a dtype that is not fp16, bf16, fp32 or fp8 (e4m3), and fp8 on a GPU
             of compute capability below 8.9.
     """
-    expect(sum_k.dim() == 3, "sum_k", f"shape {tuple(sum_k.shape)}", "[num_segments, n, d]")
-    num_segments, _, d = sum_k.shape
-    d_v = sum_v.shape[-1]
-    for name, x in (("sum_k", sum_k), ("sum_v", sum_v)):
-        expect_array(name, x, (*sum_k.shape[:2], x.shape[-1]), torch.float32)
-    check_pool(num_segments, sum_k, sum_v, out_k, out_v, cu_seqlens_out, out_block_table)
-    expect_same_device(sum_k=sum_k, counts=counts, k_descale=k_descale, v_descale=v_descale)
-    for name, out, descale in (("k_descale", out_k, k_descale), ("v_descale", out_v, v_descale)):
-        expect_descale(name, descale, out.dtype == FP8, (num_segments, 1))
-    expect_per_sequence(num_segments, counts=counts)
-    if num_segments == 0:
+    launch = _prepare_means(
+        *(sum_k, sum_v, counts, out_k, out_v, cu_seqlens_out, out_block_table),
+        *(k_descale, v_descale),
+    )
+    if launch["grid"][0] == 0:
         return
-    widest = padded(max(d, d_v))
     with current(out_k.device):
-        _store_means_kernel[(num_segments,)](
+        _store_means_kernel.run(
+            **launch,
             sum_k_ptr=sum_k,
             sum_v_ptr=sum_v,
             counts_ptr=counts,
@@ -156,13 +159,35 @@ def store_means(
             out_block_table_ptr=out_block_table,
             k_descale_ptr=k_descale,
             v_descale_ptr=v_descale,
-            num_sums=sum_k.shape[1],
-            out_max_blocks=0 if out_block_table is None else out_block_table.shape[1],
-            stride_out_k=out_k.stride(0),  # of a page, or of a row
-            stride_out_v=out_v.stride(0),
-            HEAD_SIZE=d,
-            HEAD_SIZE_V=d_v,
-            D=widest,
-            ROWS=max(SUMS_BYTES // (4 * widest), 1),
-            num_warps=4,
         )
+
+
+@once_per_signature
+def _prepare_means(
+    sum_k, sum_v, counts, out_k, out_v, cu_seqlens_out, out_block_table, k_descale, v_descale
+) -> Launch:
+    expect(sum_k.dim() == 3, "sum_k", f"shape {tuple(sum_k.shape)}", "[num_segments, n, d]")
+    num_segments, num_sums, d = sum_k.shape
+    d_v = sum_v.shape[-1]
+    for name, x in (("sum_k", sum_k), ("sum_v", sum_v)):
+        expect_array(name, x, (*sum_k.shape[:2], x.shape[-1]), torch.float32)
+    check_pool(num_segments, sum_k, sum_v, out_k, out_v, cu_seqlens_out, out_block_table)
+    expect_same_device(sum_k=sum_k, counts=counts, k_descale=k_descale, v_descale=v_descale)
+    for name, out, descale in (("k_descale", out_k, k_descale), ("v_descale", out_v, v_descale)):
+        expect_descale(name, descale, out.dtype == FP8, (num_segments, 1))
+    expect_per_sequence(num_segments, counts=counts)
+    constants = {
+        "num_sums": num_sums,
+        "out_max_blocks": 0 if out_block_table is None else out_block_table.shape[1],
+        "stride_out_k": out_k.stride(0),  # of a page, or of a row
+        "stride_out_v": out_v.stride(0),
+        "HEAD_SIZE": d,
+        "HEAD_SIZE_V": d_v,
+        **_tile(max(d, d_v)),
+    }
+    return Launch((num_segments,), constants)
+
+
+def _tile(head_size: int) -> dict[str, int]:
+    d = padded(head_size)
+    return {"D": d, "ROWS": max(SUMS_BYTES // (4 * d), 1), "num_warps": 4}

@@ -69,16 +69,16 @@ def decode_schedule(
         multiprocessors=num_multiprocessors(q.device),
     )
     if out is None:
-        shape = launch.grid[1], launch.constants["stride_schedule"]
+        shape = launch["grid"][1], launch["stride_schedule"]
         out = torch.empty(shape, dtype=torch.int32, device=q.device)
     if out.numel() == 0:
         return out
     with current(q.device):
-        _schedule_kernel[launch.grid](
+        _schedule_kernel.run(
+            **launch,
             cu_seqlens_k_ptr=cu_seqlens_k,
             seqused_k_ptr=seqused_k,
             schedule_ptr=out,
-            **launch.constants,
         )
     return out
 

@@ -196,12 +196,10 @@ def post_vision_stats(
         multiprocessors=num_multiprocessors(q.device),
     )
     num_seqs, num_heads = cu_seqlens_q.shape[0] - 1, q.shape[1]
-    scores = q.new_zeros(launch.scores_shape, dtype=torch.float32)
+    scores = q.new_zeros(*launch.scores_shape, dtype=torch.float32)
     retained = q.new_empty(num_seqs, num_heads, dtype=torch.int64)
     visible = q.new_empty(num_seqs, dtype=torch.int64)
-    # Maximum and sum of each split; then bound and log-sum-exp of each row.
-    partials = q.new_empty(launch.partials_shape, dtype=torch.float32)
-    row_stats = q.new_empty(launch.row_stats_shape, dtype=torch.float32)
+    row_stats = q.new_empty(launch.row_stats_size, dtype=torch.float32)
     shared = {
         "q_ptr": q,
         "k_ptr": k,
@@ -212,34 +210,26 @@ def post_vision_stats(
         "retained_ptr": retained,
     }
     with current(q.device):
-        _row_kernel[launch.rows.grid](
-            visible_ptr=visible, partials_ptr=partials, **shared, **launch.rows.constants
-        )
-        _row_stats_kernel[launch.row_stats.grid](
-            partials_ptr=partials,
-            sinks_ptr=sinks,
-            row_stats_ptr=row_stats,
-            **launch.row_stats.constants,
-        )
-        _column_kernel[launch.columns.grid](
+        _row_kernel.run(**launch.rows, visible_ptr=visible, row_stats_ptr=row_stats, **shared)
+        _row_stats_kernel.run(**launch.row_stats, sinks_ptr=sinks, row_stats_ptr=row_stats)
+        _column_kernel.run(
+            **launch.columns,
             row_stats_ptr=row_stats,
             row_weights_ptr=row_weights,
             scores_ptr=scores,
             **shared,
-            **launch.columns.constants,
         )
     return PostVisionStats(scores, retained, visible)
 
 
 class _Prepared(NamedTuple):
-    """Launches of a signature, and the shapes of what they write."""
+    """Launches of a signature, and how large what they write is."""
 
     rows: Launch
     row_stats: Launch
     columns: Launch
-    scores_shape: tuple[int, ...]
-    partials_shape: tuple[int, ...]
-    row_stats_shape: tuple[int, ...]
+    scores_shape: tuple[int, int]
+    row_stats_size: int
 
 
 @once_per_signature
@@ -326,8 +316,7 @@ def _prepare(
         Launch((triton.cdiv(num_rows, ROWS_COMBINED),), row_stats),
         Launch(column_grid, column_pass),
         (num_kv_heads, total_k),
-        (2, rows.num_splits, num_rows),
-        (2, num_rows),
+        (1 + rows.num_splits) * 2 * num_rows,
     )
 
 

@@ -29,7 +29,7 @@ def _row_kernel(
     block_table_ptr,
     retained_ptr,  # [num_seqs, num_heads], set to 0 here for the column pass
     visible_ptr,  # [num_seqs]
-    partials_ptr,  # [2, num_splits, num_rows]: maxima of the logits, then sums
+    row_stats_ptr,  # [1 + num_splits, 2, num_rows]: behind the first, maxima of the logits and sums
     scale_log2,  # softmax_scale * log2(e); with a softcap, softcap * log2(e)
     tanh_log2,  # with a softcap, softmax_scale * 2 * log2(e) / softcap; else None
     total_q,
@@ -108,9 +108,9 @@ def _row_kernel(
         # num_rows = num_kv_heads * total_q * GROUP_PADDED, in that order
         num_rows = tl.num_programs(1).to(tl.int64) * total_q * GROUP_PADDED
         row = (head * total_q + start_q + tokens) * GROUP_PADDED + heads
-        partial = partials_ptr + split * num_rows + row
+        partial = row_stats_ptr + (1 + split) * 2 * num_rows + row
         tl.store(partial, row_max, mask=live)
-        tl.store(partial + num_splits * num_rows, row_sum, mask=live)
+        tl.store(partial + num_rows, row_sum, mask=live)
 
 
 @triton.jit(
@@ -119,9 +119,9 @@ def _row_kernel(
     launch_metadata=profiling.score_row_stats,
 )
 def _row_stats_kernel(
-    partials_ptr,  # [2, num_splits, num_rows]: maxima of the logits, then sums
     sinks_ptr,  # [num_heads], natural log, or None
-    row_stats_ptr,  # [2, num_rows]: the least logit that passes the filter, then log2-sum-exp2
+    row_stats_ptr,  # [1 + num_splits, 2, num_rows]: of all splits (the least logit that passes the
+    #   filter, log2-sum-exp2), made of those of each (maxima of the logits, sums)
     scale_log2,
     margin,  # ln(threshold), in units of what scale_log2 is multiplied with
     num_rows,
@@ -137,9 +137,10 @@ def _row_stats_kernel(
     live = (rows < num_rows) & (rows % GROUP_PADDED < GROUP)
     splits = tl.arange(0, MAX_SPLITS)
     mask = (splits < num_splits)[:, None] & live[None, :]
-    partial = partials_ptr + splits[:, None] * tl.cast(num_rows, tl.int64) + rows[None, :]
+    num_rows = tl.cast(num_rows, tl.int64)
+    partial = row_stats_ptr + (1 + splits)[:, None] * 2 * num_rows + rows[None, :]
     maxima = tl.load(partial, mask=mask, other=-float("inf"))  # [MAX_SPLITS, BLOCK]
-    sums = tl.load(partial + tl.cast(num_rows, tl.int64) * num_splits, mask=mask, other=0.0)
+    sums = tl.load(partial + num_rows, mask=mask, other=0.0)
     row_max = tl.max(maxima, 0)
     sees_none = row_max == -float("inf")
     shift = tl.where(sees_none, 0.0, row_max)
@@ -170,7 +171,7 @@ def _column_kernel(
     seqused_k_ptr,
     block_table_ptr,
     retained_ptr,  # [num_seqs, num_heads]
-    row_stats_ptr,  # [2, num_rows]
+    row_stats_ptr,  # [1 + num_splits, 2, num_rows], whose first is read
     row_weights_ptr,  # [total_q], or None
     scores_ptr,  # [num_kv_heads, total_k]
     scale_log2,  # softmax_scale * log2(e); with a softcap, softcap * log2(e)

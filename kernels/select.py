@@ -68,16 +68,16 @@ def select_tokens(
         scores, cu_seqlens, keep, recent, max_seqlen=max_seqlen, total_kept=total_kept
     )
     indices = torch.empty(total_kept, dtype=torch.int32, device=scores.device)
-    cu_kept = torch.empty(launch.grid[0], dtype=torch.int32, device=scores.device)
+    cu_kept = torch.empty(launch["grid"][0], dtype=torch.int32, device=scores.device)
     with current(scores.device):
-        _select_kernel[launch.grid](
+        _select_kernel.run(
+            **launch,
             scores_ptr=scores,
             cu_seqlens_ptr=cu_seqlens,
             keep_ptr=keep,
             recent_ptr=recent,
             indices_ptr=indices,
             cu_kept_ptr=cu_kept,
-            **launch.constants,
         )
     return Selection(indices, cu_kept)
 

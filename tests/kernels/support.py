@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -290,6 +292,13 @@ def assert_identical(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> No
         assert torch.equal(a, b), f"{int((a != b).sum())} of {a.numel()} entries differ"
 
 
+def other_constants(module: ModuleType, **values: Any) -> Any:
+    """A block where a module's constants are others, and what they decide is not remembered."""
+    prepare = {n: f.__wrapped__ for n, f in vars(module).items() if n.startswith("_prepare")}
+    assert prepare
+    return mock.patch.multiple(module, **values, **prepare)
+
+
 class Recorder:
     """Takes a kernel's place and keeps what it would have been launched with."""
 
@@ -297,9 +306,9 @@ class Recorder:
         self.grids: list[tuple[int, ...]] = []
         self.arguments: list[dict[str, Any]] = []
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+    def run(self, *, grid: tuple[int, ...], warmup: bool, **arguments: Any) -> None:
         self.grids.append(grid)
-        return lambda **arguments: self.arguments.append(arguments)
+        self.arguments.append(arguments)
 
     @property
     def constants(self) -> list[dict[str, Any]]:

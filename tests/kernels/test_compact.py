@@ -6,14 +6,13 @@ What they refuse, and how they are launched, is in test_compact_launch.py.
 from __future__ import annotations
 
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kept import Case, assert_in_place, assert_out_of_place, kept_rows, pools, random_case
-from support import NO_PAGE, assert_identical, cumulative, vast_zeros
+from support import NO_PAGE, assert_identical, cumulative, other_constants, vast_zeros
 from torch import Tensor
 
 from vlcache_triton.kernels import compact
@@ -278,6 +277,6 @@ def test_any_selection_is_gathered(data: st.DataObject) -> None:
     out_page_size = data.draw(st.sampled_from([None, 1, 7]), "out page size")
     multiprocessors = data.draw(st.sampled_from([1, 1000]), "multiprocessors")  # columns of 64, 32
     small = dict(TILE_BYTES=8 * 16 * 2, IN_PLACE_BYTES=8 * 64)
-    with mock.patch.multiple(compact, num_multiprocessors=lambda _: multiprocessors, **small):
+    with other_constants(compact, num_multiprocessors=lambda _: multiprocessors, **small):
         assert_out_of_place(case, out_page_size)
         assert_in_place(case)

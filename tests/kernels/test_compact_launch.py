@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from kept import assert_out_of_place, random_case
-from support import FRAME, Operators, Recorder, cumulative
+from support import FRAME, Operators, Recorder, cumulative, other_constants
 
 from vlcache_triton.kernels import compact
 from vlcache_triton.kernels.compact import (
@@ -133,10 +133,9 @@ def test_grids_of_a_million_tokens(recorders) -> None:
     assert recorders[1].grids == [(6, 32)]
 
 
-def test_tiles_along_two_axes(device: torch.device, monkeypatch) -> None:
-    monkeypatch.setattr(compact, "MAX_GRID", 3)
-    monkeypatch.setattr(compact, "TILE_BYTES", 8 * 64 * 2)
-    assert_out_of_place(random_case([77, 9], [71, 8], num_kv_heads=1, device=device))
+def test_tiles_along_two_axes(device: torch.device) -> None:
+    with other_constants(compact, MAX_GRID=3, TILE_BYTES=8 * 64 * 2):
+        assert_out_of_place(random_case([77, 9], [71, 8], num_kv_heads=1, device=device))
 
 
 @pytest.mark.parametrize("paged", [False, True])
