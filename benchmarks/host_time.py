@@ -3,6 +3,9 @@
     python benchmarks/host_time.py [benchmarks/results]             # writes host_time.json there
     python benchmarks/host_time.py --against COMMIT [FOLDER]        # that commit too, in turn
 
+What a commit has not, or has by another name, is left out for it; one from before e3697b0, which
+has its kernels elsewhere, is refused.
+
 `pack` is what follows the last layer of a prompt: budgets, selection, and the compaction of 32
 layers into a cache; beside launches and checks it has small operations of torch.
 
@@ -15,6 +18,8 @@ clock is the process's own, which stands still while others have the core.
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import json
 import os
 import statistics
@@ -69,33 +74,35 @@ def nothing_compiled(self: JITFunction, key: Any, *args: Any) -> Stub:
     return kernel
 
 
-def make_calls() -> dict[str, Callable[[], object]]:
-    """One call of each kernel; lengths on the device, memory made by the call as adapters do."""
+def ints(*values: int) -> Tensor:
+    """An int32 vector."""
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def floats(*shape: int) -> Tensor:
+    """Normal, in the dtype of models."""
+    return torch.randn(*shape).to(torch.bfloat16)
+
+
+def make_pack() -> Callable[[], object]:
+    """The compression of 32 layers whose statistics are there."""
     from vlcache_triton import VLCacheConfig, ops
-    from vlcache_triton.kernels import append, compact, decode, operators, score, select
+    from vlcache_triton.kernels import operators
     from vlcache_triton.kernels.types import PostVisionStats
     from vlcache_triton.pool.compress import PromptCompressor
     from vlcache_triton.recipe.prompt import Prompt
-    from vlcache_triton.recipe.statistics import LayerStats
 
-    def ints(*values: int) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32)
+    try:
+        from vlcache_triton.recipe.statistics import LayerStats as noted
+    except ImportError:  # before 058b8c3 nothing was noted but these
 
-    def floats(*shape: int) -> Tensor:
-        return torch.randn(*shape).to(torch.bfloat16)
+        def noted(stats: PostVisionStats) -> PostVisionStats:
+            return stats
 
-    segments = NUM_SEQS * HEADS
-    pool_k, pool_v = (floats(segments * LENGTH, 1, D) for _ in range(2))
-    starts = torch.arange(segments + 1, dtype=torch.int32) * LENGTH
-    one_row, used = torch.arange(segments + 1, dtype=torch.int32), ints(*[LENGTH // 2] * segments)
-    q, new = floats(segments, GROUP, D), floats(segments, 1, 1, D)
     k, v = (floats(NUM_SEQS * LENGTH, HEADS, D) for _ in range(2))
-    rows, starts_q, starts_k = floats(50, HEADS * GROUP, D), ints(0, 50), ints(0, LENGTH)
-    scores = torch.rand(32, HEADS, LENGTH)
-    keep = torch.full((32, 1), LENGTH // 10, dtype=torch.int32)
-    kept = ints(*range(segments * (LENGTH // 10))), torch.arange(segments + 1).int()
     counts = [torch.full((1, n), LENGTH) for n in (HEADS * GROUP, 1)]
-    stats = [LayerStats(PostVisionStats(x, counts[0], 9 * counts[1][0])) for x in scores]
+    scores = torch.rand(32, HEADS, LENGTH)
+    stats = [noted(PostVisionStats(x, counts[0], 9 * counts[1][0])) for x in scores]
     prompt, config = Prompt(LENGTH, (0,), (50,)), VLCacheConfig(budget=0.1)
     backend = ops._backend("triton", operators)
 
@@ -104,22 +111,49 @@ def make_calls() -> dict[str, Callable[[], object]]:
         compressor._stats, compressor._rows = list(stats), [(k, v)] * len(scores)
         return compressor.pack(64)
 
+    return pack
+
+
+def make_calls() -> dict[str, tuple[str, tuple, dict[str, Any]]]:
+    """One call of each kernel: its file and its arguments. Lengths lie on the device; memory is
+    made by the call, as adapters do."""
+    segments, kept = NUM_SEQS * HEADS, LENGTH // 10
+    pools = [floats(segments * LENGTH, 1, D) for _ in range(2)]
+    starts = torch.arange(segments + 1, dtype=torch.int32) * LENGTH
+    one_row, used = torch.arange(segments + 1, dtype=torch.int32), ints(*[LENGTH // 2] * segments)
+    q, new = floats(segments, GROUP, D), floats(segments, 1, 1, D)
+    k, v = (floats(NUM_SEQS * LENGTH, HEADS, D) for _ in range(2))
+    rows, starts_q, starts_k = floats(50, HEADS * GROUP, D), ints(0, 50), ints(0, LENGTH)
+    scores, keep = torch.rand(32, HEADS, LENGTH), torch.full((32, 1), kept, dtype=torch.int32)
+    selection = ints(*range(segments * kept)), torch.arange(segments + 1).int()
+    sums, counts = [torch.zeros(segments, 4, D)] * 2, ints(*[LENGTH - kept] * segments)
+    layers = [x.expand(32, -1).contiguous() for x in (starts, used)]
+    live, most = {"causal": True, "seqused_k": used}, {"max_kept": kept}
+    stacked = {"max_seqlen": LENGTH, "total_kept": scores.numel()}
     return {
-        "pack": pack,
-        "varlen_decode": lambda: decode.varlen_decode(
-            *(q, pool_k, pool_v, one_row, starts, 1, LENGTH), causal=True, seqused_k=used
+        "varlen_decode": ("decode", (q, *pools, one_row, starts, 1, LENGTH), live),
+        "append_kv": ("append", (new, new, *pools, starts, used), {}),
+        "decode_schedule": (
+            *("schedule", (q, *pools, layers[0], 1, LENGTH)),
+            {"seqused_k": layers[1]},
         ),
-        "append_kv": lambda: append.append_kv(new, new, pool_k, pool_v, starts, used),
-        "post_vision_stats": lambda: score.post_vision_stats(
-            rows, k, starts_q, starts_k, 50, LENGTH
-        ),
-        "select_tokens": lambda: select.select_tokens(
-            *(scores, starts_k, keep, keep), max_seqlen=LENGTH, total_kept=scores.numel()
-        ),
-        "compact_kv": lambda: compact.compact_kv(
-            *(k, v, starts_k, *kept, pool_k, pool_v, starts), max_kept=LENGTH // 10
-        ),
+        "post_vision_stats": ("score", (rows, k, starts_q, starts_k, 50, LENGTH), {}),
+        "key_value_stats": ("key_value_stats", (k, v, starts_k, LENGTH), {}),
+        "select_tokens": ("select", (scores, starts_k, keep, keep), stacked),
+        "compact_kv": ("compact", (k, v, starts_k, *selection, *pools, starts), most),
+        "compact_kv_": ("compact", (k, v, starts_k, *selection), most),
+        "sum_evicted": ("remainder", (k, v, starts_k, *selection, LENGTH), {}),
+        "store_means": ("remainder", (*sums, counts, *pools, starts), {}),
     }
+
+
+def make_call(name: str) -> Callable[[], object]:
+    """That of a kernel, or `pack`."""
+    if name == "pack":
+        return make_pack()
+    file, args, options = make_calls()[name]
+    module = importlib.import_module(f"vlcache_triton.kernels.{file}")
+    return functools.partial(getattr(module, name), *args, **options)
 
 
 def microseconds(call: Callable[[], object]) -> float:
@@ -149,8 +183,8 @@ def recorded(call: Callable[[], object]) -> list[tuple[JITFunction, tuple, dict]
     return launches
 
 
-def measure() -> dict[str, dict[str, float]]:
-    """Microseconds of every call, and of its launches alone."""
+def measure(older: bool = False) -> dict[str, dict[str, float]]:
+    """Microseconds of every call, and of its launches alone; of an older tree, of what it has."""
     from vlcache_triton.kernels import checks
 
     torch.set_num_threads(1)
@@ -160,8 +194,14 @@ def measure() -> dict[str, dict[str, float]]:
         mock.patch.object(JITFunction, "_do_compile", nothing_compiled),
         mock.patch.object(checks, "interpreted", lambda: True),  # lets tensors off the GPU pass
     ):
-        for name, call in make_calls().items():
-            launches = recorded(call)
+        for name in ("pack", *make_calls()):
+            try:
+                call = make_call(name)
+                launches = recorded(call)
+            except (ImportError, AttributeError, TypeError):
+                if older:
+                    continue
+                raise
 
             def bare(launches: list = launches) -> None:
                 for kernel, args, kwargs in launches:
@@ -172,20 +212,20 @@ def measure() -> dict[str, dict[str, float]]:
     return found
 
 
-def measured_in(tree: Path) -> dict[str, dict[str, float]]:
+def measured_in(tree: Path, name: str) -> dict[str, dict[str, float]]:
     """The same in a process of its own, of the kernels of that tree."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = str(tree)
-    command = [sys.executable, __file__, "--child"]
+    command = [sys.executable, __file__, "--child", "this" if tree == ROOT else "older"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(done.stderr)
+        sys.exit(f"--against {name}: cannot be measured: {done.stderr.splitlines()[-1]}")
     return json.loads(done.stdout)
 
 
 def in_turn(trees: dict[str, Path], rounds: int) -> dict[str, dict[str, dict[str, float]]]:
     """Each tree in every round, so that what else the machine does hits all alike; the medians."""
-    runs = [{name: measured_in(tree) for name, tree in trees.items()} for _ in range(rounds)]
+    runs = [{name: measured_in(tree, name) for name, tree in trees.items()} for _ in range(rounds)]
     return {
         name: {
             call: {fact: statistics.median(run[name][call][fact] for run in runs) for fact in facts}
@@ -199,33 +239,40 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     """Markdown."""
     lines = ["| call | of | launches | bare, µs | call, µs | over it, µs | ratio |"]
     lines.append("|---|---|---|---|---|---|---|")
-    for call in next(iter(results.values())):
-        for name, calls in results.items():
-            x = calls[call]
+    for call in results["this"]:
+        for name, x in ((name, calls[call]) for name, calls in results.items() if call in calls):
             over, ratio = x["call_us"] - x["bare_us"], x["call_us"] / x["bare_us"]
             numbers = f"{x['bare_us']:.1f} | {x['call_us']:.1f} | {over:.1f} | {ratio:.2f}"
             lines.append(f"| {call} | {name} | {x['launches']:.0f} | {numbers} |")
     return "\n".join(lines)
 
 
+def unpacked(commit: str, folder: Path) -> Path:
+    """The tree of a commit, in a folder of its own."""
+    tree = folder / commit
+    archive = ["git", "archive", "--format=tar", commit]
+    packed = subprocess.run(archive, cwd=ROOT, capture_output=True, check=False)
+    if packed.returncode:
+        sys.exit(f"--against {commit}: {packed.stderr.decode().strip()}")
+    tree.mkdir(parents=True)
+    subprocess.run(["tar", "-x", "-C", tree], input=packed.stdout, check=True)
+    return tree
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, nargs="?", help="where host_time.json goes")
-    parser.add_argument("--against", metavar="COMMIT", help="measure this commit's kernels too")
+    more = {"metavar": "COMMIT", "action": "append", "default": []}
+    parser.add_argument("--against", help="measure this commit's kernels too", **more)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=["this", "older"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(measure()))
+        print(json.dumps(measure(options.child == "older")))
         return
-    trees = {"this": ROOT}
     with tempfile.TemporaryDirectory() as folder:
-        if options.against:
-            archive = ["git", "archive", "--format=tar", options.against]
-            tar = subprocess.run(archive, cwd=ROOT, capture_output=True, check=True).stdout
-            subprocess.run(["tar", "-x", "-C", folder], input=tar, check=True)
-            trees = {options.against: Path(folder), **trees}
-        results = in_turn(trees, options.rounds)
+        trees = {commit: unpacked(commit, Path(folder)) for commit in options.against}
+        results = in_turn({**trees, "this": ROOT}, options.rounds)
     print(table(results))
     if options.folder:
         from measure import environment

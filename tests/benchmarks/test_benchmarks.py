@@ -261,11 +261,23 @@ def test_the_host_s_part_of_a_call(monkeypatch):
         "pack": 2,
         "varlen_decode": 1,
         "append_kv": 1,
+        "decode_schedule": 1,
         "post_vision_stats": 3,
+        "key_value_stats": 3,
         "select_tokens": 1,
         "compact_kv": 1,
+        "compact_kv_": 1,
+        "sum_evicted": 1,
+        "store_means": 1,
     }
     assert all(x["call_us"] > 0 < x["bare_us"] for x in found.values())
+
+
+def test_a_commit_that_cannot_be_measured_is_said_in_one_line():
+    done = run(sys.executable, BENCHMARKS / "host_time.py", "--against", "no-commit")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("--against no-commit: fatal: ")
 
 
 def test_recorded_lengths_are_of_a_compression_to_a_tenth():
