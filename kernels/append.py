@@ -35,7 +35,8 @@ def append_kv(
     """Append n rows to every sequence, in one launch, without the host learning any length.
 
     A row without room (at its segment's end, or past its block table) is dropped, and its length
-    still advances: the host sees to room before the step.
+    still advances: the host sees to room before the step. Where it did not, a length above the
+    segment's capacity tells.
 
     Args:
         k, v: `[num_seqs, n, num_kv_heads, d]` (`d_v` for v), of the caches' dtype unless these are

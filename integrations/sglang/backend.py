@@ -13,7 +13,7 @@ from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, KVWriteLoc
 from vlcache_triton.ops import get_backend
 from vlcache_triton.recipe.profile import check_fits
 
-from .block_table import DecodeStep, PackedLayout, fill_block_table
+from .block_table import DecodeStep, Overflow, PackedLayout, fill_block_table
 from .fitting import describe_fit
 from .graphs import graph_widths, width_of
 from .measure import Measurement, ending_prompts, plan_measurement, plan_prompts
@@ -61,6 +61,7 @@ class VLCacheAttnBackend(TritonAttnBackend):
         self.measurement: Measurement | None = None
         self.ending: list[TrackedPrompt] = []
         self.step: DecodeStep | None = None
+        self.overflow = Overflow(pool.flat.device)
         self.num_biased_heads = 0 if settings.config.remainder == "none" else pool.flat.shape[1]
         num_rows = len(self.req_to_token)
         self.layout = PackedLayout.empty(self.num_layers, num_rows, pool.flat.device)
@@ -71,6 +72,7 @@ class VLCacheAttnBackend(TritonAttnBackend):
         self.measurement, self.ending, self.step = None, [], None
         mode = forward_batch.forward_mode
         if mode.is_decode():
+            self.overflow.check()
             width = self._longest(forward_batch)
             self.step = self._empty_step(forward_batch.batch_size, width)
             return
@@ -99,6 +101,8 @@ class VLCacheAttnBackend(TritonAttnBackend):
                 f"--attention-backend vlcache: got a graph of {forward_batch.forward_mode},"
                 " expected decode"
             )
+        if not in_capture:
+            self.overflow.check()
         self.measurement, self.ending = None, []
         width = width_of(get_capture_attention_variant(), self.table)
         self.step = self._graph_step.first(forward_batch.batch_size, width)
@@ -143,6 +147,7 @@ class VLCacheAttnBackend(TritonAttnBackend):
             self.layout,
             pool.num_rows,
             step,
+            self.overflow,
         )
         out = self.ops.varlen_decode(
             q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim),

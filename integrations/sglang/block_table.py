@@ -99,6 +99,33 @@ class DecodeStep:
         return DecodeStep(table, self.seqused_k[:num_seqs], self.cu_seqlens[: num_seqs + 1], bias)
 
 
+class Overflow:
+    """Whether a decode step had more live tokens of a request than its table has columns: what the
+    host counts bounds them, and if it ever did not, answers would lack their last tokens.
+
+    longest: `[1]` int32 on the device, live tokens of such a request; 0 as long as there was none.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.longest = torch.zeros(1, dtype=torch.int32, device=device)
+        self._seen = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+
+    def check(self) -> None:
+        """Before a step: look at what is known of those before. Never waits for the device, which
+        may take until a later step to say so.
+
+        Raises:
+            RuntimeError: where a request had more.
+        """
+        self._seen.copy_(self.longest, non_blocking=True)
+        if (longest := int(self._seen)) > 0:
+            raise RuntimeError(
+                f"--attention-backend vlcache: got a request with {longest} live tokens in a decode"
+                " step made for fewer, whose answer lacks the last of them; expected no more than"
+                " the scheduler had counted (please report it; VLCACHE_BUDGET=1.0 leaves all whole)"
+            )
+
+
 def cell_rows(cell: Tensor, slot: Tensor, num_layers: int, num_rows: int) -> Tensor:
     """Rows of the pool's flat view, for K, that cells are. slot: the slot each lies in."""
     return 2 * (cell % num_layers) * num_rows + slot
@@ -112,6 +139,7 @@ def fill_block_table(
     layout: PackedLayout,
     num_rows: int,
     step: DecodeStep,
+    overflow: Overflow | None = None,
 ) -> None:
     """Write one layer's tables. No sync, no allocation.
 
@@ -122,6 +150,7 @@ def fill_block_table(
         num_rows: slots of the pool, padding included.
         step: out. block_table: rows of the flat view, for K; entries behind a request's last are
             left as they are. seqused_k: live rows. first_key_bias, where there is one.
+        overflow: where a request with more rows than the table has columns is noted.
     """
     num_seqs, max_blocks = step.block_table.shape
     bias = step.first_key_bias
@@ -140,6 +169,7 @@ def fill_block_table(
             step.block_table,
             step.seqused_k,
             bias,
+            None if overflow is None else overflow.longest,
             layer,
             layout.num_layers,
             num_rows,
@@ -164,6 +194,7 @@ def _block_table_kernel(
     block_table_ptr,
     seqused_k_ptr,
     first_key_bias_ptr,  # of each sequence and KV head, or None
+    longest_ptr,  # [1], or None
     layer,
     num_layers,
     num_rows,
@@ -182,8 +213,11 @@ def _block_table_kernel(
     first_cell = tl.load(first_cell_ptr + layer * stride_layer + row)
     kept = tl.load(first_cell_ptr + (layer + 1) * stride_layer + row) - first_cell
     # A graph's padding rows name any request with a length of their own: never below nothing.
-    length = tl.minimum(tl.maximum(seq_len - prompt_end + kept, 0), max_blocks)
+    live = tl.maximum(seq_len - prompt_end + kept, 0)
+    length = tl.minimum(live, max_blocks)
     if block == 0:
+        if longest_ptr is not None:
+            tl.atomic_max(longest_ptr, live, mask=live > max_blocks, sem="relaxed")
         tl.store(seqused_k_ptr + seq, length)
         if first_key_bias_ptr is not None:
             bias = tl.load(bias_ptr + layer * stride_layer + row)

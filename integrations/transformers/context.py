@@ -65,6 +65,8 @@ def vl_cache(
         NotImplementedError: for models on which VL-Cache is not defined.
         ValueError: for choices out of range or of another type, for a wrapped or compiled model,
             for one in training mode, and for one that is inside a block already.
+        RuntimeError: at the end of an answer or of the block, where new tokens found no room in the
+            cache (RaggedCache.check_room).
     """
     if config is not None and choices:
         raise ValueError(f"config: got a VLCacheConfig and {sorted(choices)}, expected one of them")
@@ -107,6 +109,7 @@ def vl_cache(
         undo.callback(setattr, text_config, "_attn_implementation_internal", previous)
         text_config._attn_implementation_internal = NAME
         yield session
+        session.check_room()
 
 
 def _override(model: PreTrainedModel, name: str, function: Any, undo: ExitStack) -> None:

@@ -134,7 +134,12 @@ class Session:
 
     def report(self) -> CompressionReport | None:
         """What was kept of the latest prompt, as `cache` has it; None where nothing was
-        compressed."""
+        compressed.
+
+        Raises:
+            RuntimeError: where decode steps have lost rows, as `RaggedCache.check_room` has it.
+        """
+        _check_room(self._own_or_latest.cache)
         return self._own_or_latest.report()
 
     @property
@@ -179,6 +184,7 @@ class Session:
         try:
             yield
             self.cache = self.running.run.cache or self.cache
+            _check_room(self.cache)
         finally:
             self.running.run = outer
 
@@ -220,6 +226,11 @@ class Session:
             self._has_said_whole = True
             warnings.warn(f"vl_cache: {reason}: these tokens are left whole", stacklevel=3)
 
+    def check_room(self) -> None:
+        """At the block's end: no thread's cache has lost a row."""
+        for held in [self._latest, *self._held.values()]:
+            _check_room(held.cache)
+
     def close(self) -> None:
         """Let caches, captured steps and memory go, as the block ends; reports stay."""
         self.is_open = False
@@ -233,3 +244,9 @@ class Session:
             raise ValueError(
                 f"session.{name}: got a call after its vl_cache block, expected one inside"
             )
+
+
+def _check_room(cache: VLCache | None) -> None:
+    """Where the host waits for the device anyway: at the end of an answer, of a block."""
+    if cache is not None and cache.ragged is not None:
+        cache.ragged.check_room()

@@ -296,6 +296,27 @@ def test_a_pickle_has_no_row_that_is_not_live():
     assert not state["k"].isnan().any() and not state["v"].isnan().any()
 
 
+@pytest.mark.parametrize("then", ["grow", "select", "pickle"])
+def test_rows_without_room_are_lost_and_told(then):
+    """Before there is more of it, with which the lengths would no longer tell."""
+    twin = Twin(KEEP, room=2)
+    twin.append(2)
+    twin.ragged.check_room()
+    twin.append(3)
+    told = (
+        rf"^VLCache: got {3 * twin.ragged.seqused_k.numel()} rows of new tokens that found no room"
+    )
+    with pytest.raises(RuntimeError, match=told):
+        twin.ragged.check_room()
+    with pytest.raises(RuntimeError, match=told):
+        if then == "grow":
+            twin.ragged.reserve(1)
+        elif then == "select":
+            twin.select([0])
+        else:
+            pickle.dumps(twin.ragged)
+
+
 STEPS = st.one_of(
     st.tuples(st.just("append"), st.sampled_from([1, 1, 1, 2, 5, 16, 17, 30])),
     st.tuples(st.just("reserve"), st.sampled_from([1, 4, 200])),

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlcache_triton.integrations.sglang.block_table import (
     DecodeStep,
+    Overflow,
     PackedLayout,
     fill_block_table,
 )
@@ -394,6 +395,29 @@ def test_the_host_bounds_live_lengths_and_the_fill_writes_no_more():
         live.append(step.seqused_k.tolist())
         assert (table != -7).sum(1).tolist() == [max(x) for x in zip(*live, strict=True)]
     assert max(n for n, _ in live) == most
+
+
+def test_a_request_that_its_table_cuts_short_is_told_without_a_wait():
+    """Whichever layer and request it was, and however many steps come between."""
+    layout, overflow = PackedLayout.empty(2, 2, CPU), Overflow(CPU)
+    slots = torch.arange(40).int().expand(2, -1).contiguous()
+    rows = torch.tensor([0, 1])
+
+    def step(width: int, *lengths: int) -> None:
+        empty = DecodeStep.empty(2, width, 0, CPU)
+        for layer in range(2):
+            where = (slots, rows, torch.tensor(lengths), layout, 40)
+            fill_block_table(layer, *where, empty, overflow)
+
+    step(30, 30, 7)
+    overflow.check()
+    layout.prompt_end[1], layout.first_cell[2, 1] = 20, 5  # its last layer has kept 5 tokens
+    step(24, 24, 40)
+    with pytest.raises(RuntimeError, match=r"got a request with 25 live tokens .*VLCACHE_BUDGET=1"):
+        overflow.check()
+    step(40, 24, 40)
+    with pytest.raises(RuntimeError, match="25 live tokens"):
+        overflow.check()
 
 
 def test_long_requests_get_their_whole_table():

@@ -240,6 +240,7 @@ class RaggedCache:
         Args:
             allocate: makes the other cache, of this size or larger; arguments as for RaggedCache.
         """
+        self.check_room()
         tokens, evicted = eviction.tokens, eviction.evicted
         if self.num_evicted is not None:
             evicted = evicted + self.num_evicted.cpu()
@@ -287,6 +288,21 @@ class RaggedCache:
         self._rearrange([[c + extra for c in row] for row in self._capacities], None)
         self.room += extra
         return True
+
+    def check_room(self) -> None:
+        """See that no row was lost: one that finds no room is dropped, and counted all the same, so
+        that lengths tell. Waits for the device; captured steps need nothing for it.
+
+        Raises:
+            RuntimeError: where some were. What is attended to from then on lacks them.
+        """
+        lost = (self.seqused_k - self.cu_seqlens_k.diff(dim=1)).clamp(min=0)
+        if (num_lost := int(lost.sum())) > 0:
+            raise RuntimeError(
+                f"VLCache: got {num_lost} rows of new tokens that found no room in their segments,"
+                " so that answers lack them; expected room for all of a step before it: by"
+                " RaggedCache.reserve, or a larger max_new_tokens (head room)"
+            )
 
     def select_sequences(self, index: Tensor) -> None:
         """Make sequence i of the cache what sequence `index[i]` was; may repeat or drop some.
@@ -347,6 +363,7 @@ class RaggedCache:
 
     def _rearrange(self, capacities: list[list[int]], segments: Tensor | None) -> None:
         """Move segments (all, or a choice) to places of new capacities, in new tensors."""
+        self.check_room()  # with more of it, the lengths would no longer tell
         device, num_layers = self.k.device, len(capacities)
         old_starts, live = self.cu_seqlens_k[:, :-1], self.seqused_k
         if segments is not None:
