@@ -16,7 +16,28 @@ from torch import Tensor
 
 from . import append, compact, decode, descales, reference, remainder, score, select
 from . import key_value_stats as key_value
+from .decode import decode_workspace
+from .schedule import decode_schedule
 from .types import KeyValueStats, PostVisionStats, Selection
+
+__all__ = [  # all that this folder is for, by its names
+    "KeyValueStats",
+    "PostVisionStats",
+    "Selection",
+    "append_kv",
+    "compact_kv",
+    "compact_kv_",
+    "compact_layers",
+    "decode_schedule",
+    "decode_workspace",
+    "kept_descales",
+    "key_value_stats",
+    "post_vision_stats",
+    "select_tokens",
+    "store_means",
+    "sum_evicted",
+    "varlen_decode",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -23,34 +23,10 @@ BACKENDS = ("cuda", "cpu")
 
 INIT = '''"""VL-Cache's kernels: KV-cache compression for vision-language models, in Triton."""
 
-from .decode import decode_workspace
-from .operators import (
-    append_kv,
-    compact_kv,
-    compact_kv_,
-    kept_descales,
-    post_vision_stats,
-    select_tokens,
-    store_means,
-    sum_evicted,
-    varlen_decode,
-)
-from .reference import PostVisionStats, Selection
+from . import operators
+from .operators import *
 
-__all__ = [
-    "PostVisionStats",
-    "Selection",
-    "append_kv",
-    "compact_kv",
-    "compact_kv_",
-    "decode_workspace",
-    "kept_descales",
-    "post_vision_stats",
-    "select_tokens",
-    "store_means",
-    "sum_evicted",
-    "varlen_decode",
-]
+__all__ = operators.__all__
 '''
 
 

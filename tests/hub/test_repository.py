@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.machinery import SourceFileLoader
@@ -14,6 +15,7 @@ import torch
 
 from vlcache_triton.integrations.hub import write_repository
 from vlcache_triton.integrations.hub.repository import KERNELS
+from vlcache_triton.kernels import operators
 
 SPEC = importlib.util.find_spec("kernels")  # a checkout's folder of that name has no origin
 HUGGING_FACE = SPEC is not None and SPEC.origin is not None
@@ -96,11 +98,20 @@ def test_the_four_kernels_run_from_it_and_its_benchmark_verifies_them(
 
 
 def test_it_offers_all_operations_and_nothing_else(kernel):
-    operations = ["append_kv", "compact_kv", "compact_kv_", "post_vision_stats", "select_tokens"]
-    operations += ["kept_descales", "store_means", "sum_evicted", "varlen_decode"]
-    others = ["PostVisionStats", "Selection", "decode_workspace"]
-    assert sorted(kernel.__all__) == sorted([*others, *operations])
+    assert kernel.__all__ == operators.__all__
+    assert {"key_value_stats", "compact_layers", "decode_schedule"} < set(kernel.__all__)
     assert all(hasattr(kernel, name) for name in kernel.__all__)
+
+
+def test_the_card_says_what_each_is_for(repository):
+    functions = {name for name in operators.__all__ if name.islower()}
+    assert functions == set(re.findall(r"`(\w+)`", card_list(repository)))
+
+
+def card_list(repository: Path) -> str:
+    """The items of the card's list, up to their colons."""
+    lines = (repository / "CARD.md").read_text().splitlines()
+    return "\n".join(line.partition(":")[0] for line in lines if line.startswith("- `"))
 
 
 def test_operators_are_in_the_kernel_s_own_namespace(repository, kernel):

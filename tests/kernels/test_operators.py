@@ -10,21 +10,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_map_only
 
-from vlcache_triton.kernels import operators, reference, remainder
+from vlcache_triton.kernels import operators, reference, remainder, types
 
-NAMES = [
-    "post_vision_stats",
-    "key_value_stats",
-    "select_tokens",
-    "compact_kv",
-    "compact_kv_",
-    "compact_layers",
-    "kept_descales",
-    "sum_evicted",
-    "store_means",
-    "varlen_decode",
-    "append_kv",
-]
+NAMES = [name for name in operators.__all__ if inspect.isfunction(getattr(reference, name, None))]
 NUM_KV_HEADS, D, D_V = 2, 16, 8
 
 
@@ -80,6 +68,16 @@ def arguments(name: str, page_size: int | None) -> tuple[tuple, dict]:
         return (batch.q, k, v, *starts, *lengths), {"causal": True, **batch.cache}
     new = (torch.rand(3, 1, NUM_KV_HEADS, size, generator=generator) for size in (D, D_V))
     return (*new, k, v, batch.cu_seqlens_k, batch.seqused_k), where
+
+
+def test_public_is_what_the_reference_has_what_it_returns_and_what_decode_is_given():
+    def defined(module):
+        mine = (x for x in vars(module).values() if getattr(x, "__module__", "") == module.__name__)
+        return {x.__name__ for x in mine if not x.__name__.startswith("_")}
+
+    given = {"decode_schedule", "decode_workspace"}
+    assert set(operators.__all__) == defined(reference) | defined(types) | given
+    assert set(NAMES) == defined(reference)
 
 
 def on(device: torch.device | str, arguments: Any) -> Any:
