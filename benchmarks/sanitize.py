@@ -9,12 +9,21 @@ import torch
 from measure import DEVICE, DTYPE
 from torch import Tensor
 
-from vlcache_triton.kernels.append import append_kv
-from vlcache_triton.kernels.compact import COLUMN_BYTES, IN_PLACE_BYTES, compact_kv, compact_kv_
-from vlcache_triton.kernels.decode import varlen_decode
-from vlcache_triton.kernels.remainder import store_means, sum_evicted
-from vlcache_triton.kernels.score import post_vision_stats
-from vlcache_triton.kernels.select import select_tokens
+from vlcache_triton.kernels.compact import COLUMN_BYTES, IN_PLACE_BYTES
+from vlcache_triton.kernels.operators import (
+    append_kv,
+    compact_kv,
+    compact_kv_,
+    compact_layers,
+    decode_schedule,
+    decode_workspace,
+    key_value_stats,
+    post_vision_stats,
+    select_tokens,
+    store_means,
+    sum_evicted,
+    varlen_decode,
+)
 
 LENGTHS, ROWS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, PAGE_SIZE = [70, 333, 1], 5, 8, 2, 64, 16
 ROOM = 3  # rows
@@ -52,6 +61,29 @@ def several_tiles_in_place() -> None:
             assert torch.equal(x[:kept].transpose(0, 1), moved)
 
 
+def several_layers() -> None:
+    """One launch for a prompt's layers; then a schedule for all of them, and a step of each."""
+    num_layers, length, kept = 2, 333, 70
+    k, v = ([floats(length, NUM_KV_HEADS, HEAD_SIZE) for _ in range(num_layers)] for _ in range(2))
+    scores = torch.rand(num_layers, NUM_KV_HEADS, length, device=DEVICE)
+    whole, keep = ints(0, length), ints(kept).expand(num_layers, 1).contiguous()
+    selection = select_tokens(scores, whole, keep, keep // 10, max_seqlen=length)
+    segments = num_layers * NUM_KV_HEADS
+    pools = [floats(segments * kept, 1, HEAD_SIZE) for _ in range(2)]
+    starts = torch.arange(segments + 1, device=DEVICE, dtype=torch.int32) * kept
+    starts = starts.unfold(0, NUM_KV_HEADS + 1, NUM_KV_HEADS).contiguous()  # [num_layers, ...]
+    compact_layers(k, v, whole, *selection, *pools, starts, max_kept=kept)
+    rows = floats(NUM_KV_HEADS, NUM_HEADS // NUM_KV_HEADS, HEAD_SIZE)
+    one, sizes = starts_of([1] * NUM_KV_HEADS), (1, kept)
+    table = decode_schedule(rows, *pools, starts, *sizes)
+    space = decode_workspace(rows, pools[1], NUM_KV_HEADS, *sizes, scheduled=True)
+    for layer in range(num_layers):
+        where = (one, starts[layer], *sizes)
+        out = varlen_decode(rows, *pools, *where, schedule=table[layer], workspace=space)
+        expected = varlen_decode(rows, *pools, *where)
+        torch.testing.assert_close(out, expected, atol=1e-2, rtol=1e-2)
+
+
 def main() -> None:
     torch.manual_seed(0)
     num_seqs, longest, total = len(LENGTHS), max(LENGTHS), sum(LENGTHS)
@@ -59,6 +91,7 @@ def main() -> None:
     q = floats(num_seqs * ROWS, NUM_HEADS, HEAD_SIZE)
     k, v = (floats(total, NUM_KV_HEADS, HEAD_SIZE) for _ in range(2))
     stats = post_vision_stats(q, k, starts_q, starts, ROWS, longest)
+    key_value_stats(k, v, starts, longest)
     keep = ints(*(max(1, n // 4) for n in LENGTHS))
     selection = select_tokens(stats.scores, starts, keep, keep // 10, max_seqlen=longest)
 
@@ -88,9 +121,11 @@ def main() -> None:
         row[: len(mine)] = mine
     k, v = (floats(sum(pages), PAGE_SIZE, NUM_KV_HEADS, HEAD_SIZE) for _ in range(2))
     post_vision_stats(q, k, starts_q, starts, ROWS, longest, block_table=table)
+    key_value_stats(k, v, starts, longest, block_table=table)
     varlen_decode(q, k, v, starts_q, starts, ROWS, longest, causal=True, block_table=table)
     compact_kv_(k, v, starts, *selection, max_kept=max(kept), block_table=table)
     several_tiles_in_place()
+    several_layers()
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     print("one pass of each kernel: done")
