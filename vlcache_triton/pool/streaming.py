@@ -84,7 +84,11 @@ class StreamingCompressor(PromptCompressor):
     def pack(
         self, head_room: int, allocate: Callable[..., RaggedCache] = RaggedCache
     ) -> tuple[CompressionPlan, RaggedCache]:
-        """What to keep, and the cache that keeps it; as PromptCompressor."""
+        """What to keep, and the cache that keeps it; as PromptCompressor.
+
+        Layer by layer, not by `compact_layers`: that wants layers of one shape and one set of
+        starts, which pruned ones do not have, and each is let go of here as soon as it has moved.
+        """
         if not self.compresses:
             return super().pack(head_room, allocate)
         density = torch.stack(self._density)
