@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .checks import expect_per_sequence, expect_rows, expect_same_device, expect_starts
 from .key_value_stats_kernels import _cosine_kernel, _mean_kernel, _sum_kernel
-from .launch import Launch, cache_constants, current, once_per_signature, padded
+from .launch import Launch, cache_constants, current, fp32_tile, once_per_signature
 from .types import KeyValueStats
 
 CHUNK = 256  # keys that one program takes, so that one long prompt fills the GPU
@@ -100,18 +100,13 @@ def _prepare(k, v, cu_seqlens_k, seqused_k, block_table, *, max_seqlen_k: int) -
         **by_key,
         **cache_constants(block_table, k=k, v=v),
         "HEAD_SIZE_V": v.shape[-1],
-        **_tile(max(d, v.shape[-1])),
+        **fp32_tile(max(d, v.shape[-1]), TILE_BYTES),
     }
-    means = {**shared, "num_chunks": num_chunks, **_tile(d)}
-    cosines = {**by_key, **cache_constants(block_table, k=k), **_tile(d)}
+    means = {**shared, "num_chunks": num_chunks, **fp32_tile(d, TILE_BYTES)}
+    cosines = {**by_key, **cache_constants(block_table, k=k), **fp32_tile(d, TILE_BYTES)}
     return _Prepared(
         Launch((num_segments, num_chunks), sums),
         Launch((num_segments,), means),
         Launch((num_segments, num_chunks), cosines),
         total_k,
     )
-
-
-def _tile(head_size: int) -> dict[str, int]:
-    d = padded(head_size)
-    return {"D": d, "ROWS": max(TILE_BYTES // (4 * d), 1)}

@@ -81,6 +81,12 @@ def padded(head_size: int) -> int:
     return max(16, triton.next_power_of_2(head_size))
 
 
+def fp32_tile(head_size: int, nbytes: int) -> dict[str, int]:
+    """Rows of a tile of so many bytes, where these are added up in fp32; one at least."""
+    d = padded(head_size)
+    return {"D": d, "ROWS": max(nbytes // (4 * d), 1)}
+
+
 @functools.cache
 def num_multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of the device; 4 stands in for the interpreter."""

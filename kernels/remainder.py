@@ -22,7 +22,7 @@ from .checks import (
     expect_starts,
 )
 from .compact import check_pool, check_selection, source_constants
-from .launch import Launch, current, once_per_signature, padded
+from .launch import Launch, current, fp32_tile, once_per_signature
 from .remainder_kernels import _store_means_kernel, _sum_evicted_kernel
 
 CHUNK = 256  # rows that one program adds up, so that one long prompt fills the GPU
@@ -105,8 +105,9 @@ def _prepare_sums(
         expect_per_sequence(num_seqs, cu_seqlens_k=cu_seqlens_k)
     constants = {
         **source_constants(k, v, block_table),
-        **_tile(max(k.shape[-1], v.shape[-1])),
+        **fp32_tile(max(k.shape[-1], v.shape[-1]), SUMS_BYTES),
         "CHUNK": CHUNK,
+        "num_warps": 4,
     }
     return Launch((num_segments, num_chunks(max_seqlen_k)), constants)
 
@@ -183,11 +184,7 @@ def _prepare_means(
         "stride_out_v": out_v.stride(0),
         "HEAD_SIZE": d,
         "HEAD_SIZE_V": d_v,
-        **_tile(max(d, d_v)),
+        **fp32_tile(max(d, d_v), SUMS_BYTES),
+        "num_warps": 4,
     }
     return Launch((num_segments,), constants)
-
-
-def _tile(head_size: int) -> dict[str, int]:
-    d = padded(head_size)
-    return {"D": d, "ROWS": max(SUMS_BYTES // (4 * d), 1), "num_warps": 4}
