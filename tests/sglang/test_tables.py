@@ -411,7 +411,8 @@ def test_a_request_that_its_table_cuts_short_is_told_without_a_wait():
 
     step(30, 30, 7)
     overflow.check()
-    layout.prompt_end[1], layout.first_cell[2, 1] = 20, 5  # its last layer has kept 5 tokens
+    prompt_end, first_cell = layout.table[0], layout.table[2:]
+    prompt_end[1], first_cell[2, 1] = 20, 5  # its last layer has kept 5 tokens
     step(24, 24, 40)
     with pytest.raises(RuntimeError, match=r"got a request with 25 live tokens .*VLCACHE_BUDGET=1"):
         overflow.check()
