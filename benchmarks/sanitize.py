@@ -9,6 +9,7 @@ import torch
 from measure import DEVICE, DTYPE
 from torch import Tensor
 
+from vlcache_triton.kernels.checks import FP8_CAPABILITY
 from vlcache_triton.kernels.compact import COLUMN_BYTES, IN_PLACE_BYTES
 from vlcache_triton.kernels.operators import (
     append_kv,
@@ -17,6 +18,7 @@ from vlcache_triton.kernels.operators import (
     compact_layers,
     decode_schedule,
     decode_workspace,
+    kept_descales,
     key_value_stats,
     post_vision_stats,
     select_tokens,
@@ -62,26 +64,36 @@ def several_tiles_in_place() -> None:
 
 
 def several_layers() -> None:
-    """One launch for a prompt's layers; then a schedule for all of them, and a step of each."""
+    """One launch for a prompt's layers, into fp8 too; a schedule, and a step of each with it."""
     num_layers, length, kept = 2, 333, 70
     k, v = ([floats(length, NUM_KV_HEADS, HEAD_SIZE) for _ in range(num_layers)] for _ in range(2))
     scores = torch.rand(num_layers, NUM_KV_HEADS, length, device=DEVICE)
     whole, keep = ints(0, length), ints(kept).expand(num_layers, 1).contiguous()
     selection = select_tokens(scores, whole, keep, keep // 10, max_seqlen=length)
+    k_descale, v_descale = kept_descales(k, v, whole, *selection, max_kept=kept)
     segments = num_layers * NUM_KV_HEADS
-    pools = [floats(segments * kept, 1, HEAD_SIZE) for _ in range(2)]
-    starts = torch.arange(segments + 1, device=DEVICE, dtype=torch.int32) * kept
+    starts = torch.arange(segments + 1, device=DEVICE, dtype=torch.int32) * (kept + 1)
     starts = starts.unfold(0, NUM_KV_HEADS + 1, NUM_KV_HEADS).contiguous()  # [num_layers, ...]
-    compact_layers(k, v, whole, *selection, *pools, starts, max_kept=kept)
     rows = floats(NUM_KV_HEADS, NUM_HEADS // NUM_KV_HEADS, HEAD_SIZE)
-    one, sizes = starts_of([1] * NUM_KV_HEADS), (1, kept)
-    table = decode_schedule(rows, *pools, starts, *sizes)
-    space = decode_workspace(rows, pools[1], NUM_KV_HEADS, *sizes, scheduled=True)
-    for layer in range(num_layers):
-        where = (one, starts[layer], *sizes)
-        out = varlen_decode(rows, *pools, *where, schedule=table[layer], workspace=space)
-        expected = varlen_decode(rows, *pools, *where)
-        torch.testing.assert_close(out, expected, atol=1e-2, rtol=1e-2)
+    new = [floats(NUM_KV_HEADS, 1, 1, HEAD_SIZE) for _ in range(2)]
+    one, sizes = starts_of([1] * NUM_KV_HEADS), (1, kept + 1)
+    has_fp8 = DEVICE.type == "cpu" or torch.cuda.get_device_capability() >= FP8_CAPABILITY
+    for dtype in (DTYPE, torch.float8_e4m3fn) if has_fp8 else (DTYPE,):
+        pools = [floats(segments * (kept + 1), 1, HEAD_SIZE).to(dtype) for _ in range(2)]
+        scales = {} if dtype == DTYPE else {"k_descale": k_descale, "v_descale": v_descale}
+        compact_layers(k, v, whole, *selection, *pools, starts, max_kept=kept, **scales)
+        used = torch.full((num_layers, NUM_KV_HEADS), kept, dtype=torch.int32, device=DEVICE)
+        table = decode_schedule(rows, *pools, starts, *sizes, seqused_k=used, num_new=1)
+        space = decode_workspace(rows, pools[1], NUM_KV_HEADS, *sizes, scheduled=True)
+        for layer in range(num_layers):
+            of_layer = {name: x[layer] for name, x in scales.items()}
+            append_kv(*new, *pools, starts[layer], used[layer], **of_layer)
+            where = (one, starts[layer], *sizes)
+            of_layer["seqused_k"] = used[layer]
+            expected = varlen_decode(rows, *pools, *where, **of_layer)
+            scheduled = {"schedule": table[layer], "workspace": space}
+            out = varlen_decode(rows, *pools, *where, **of_layer, **scheduled)
+            torch.testing.assert_close(out, expected, atol=1e-2, rtol=1e-2)
 
 
 def main() -> None:
