@@ -39,21 +39,21 @@ def sinks_for(q: torch.Tensor, rows: int = 1, dtype: torch.dtype = FLOAT) -> tor
 
 CASES: dict[str, dict[str, Any]] = {
     "one row, one key": dict(lengths_q=[1], lengths_k=[1]),
-    "odd lengths": dict(
-        lengths_q=[1, 1, 1], lengths_k=[63, 1, 111], num_heads=3, num_kv_heads=3, d=80
-    ),
+    "odd lengths": dict(lengths_q=[1, 1], lengths_k=[1, 111], num_heads=3, num_kv_heads=3, d=80),
     "2000 keys": dict(lengths_q=[1], lengths_k=[2000], num_heads=2, num_kv_heads=1, dtype=BFLOAT),
     "16 rows of 7 heads": dict(
-        lengths_q=[16, 5], lengths_k=[63, 30], num_heads=7, num_kv_heads=1, d=80, dtype=BFLOAT
+        lengths_q=[16, 3], lengths_k=[30, 9], num_heads=7, num_kv_heads=1, d=80, dtype=BFLOAT
     ),
-    "rows that see no key": dict(lengths_q=[9, 3, 2], lengths_k=[4, 0, 90], dtype=FLOAT),
+    "rows that see no key": dict(lengths_q=[9, 3, 2], lengths_k=[4, 0, 40], dtype=FLOAT),
     "no sequences": dict(lengths_q=[], lengths_k=[]),
     "pages, live": dict(
-        lengths_q=[5, 0, 1], lengths_k=[63, 30, 140], used=[1, 30, 133], page_size=16, dtype=FLOAT
+        lengths_q=[5, 0, 1], lengths_k=[40, 30, 90], used=[1, 30, 83], page_size=16, dtype=FLOAT
     ),
-    "pages of 1": dict(lengths_q=[1, 2], lengths_k=[63, 111], page_size=1, d=96),
+    "pages of 1": dict(lengths_q=[1, 2], lengths_k=[63, 40], page_size=1, d=96),
     "group 8": dict(lengths_q=[2], lengths_k=[70], num_heads=8, num_kv_heads=1, d=96, d_v=80),
-    "head size 256": dict(lengths_q=[1, 3], lengths_k=[63, 9], d=256, dtype=BFLOAT),
+    "head size 256": dict(
+        lengths_q=[1, 3], lengths_k=[33, 9], num_heads=2, num_kv_heads=1, d=256, dtype=BFLOAT
+    ),
 }
 DTYPES = {HALF: BFLOAT, BFLOAT: BFLOAT, FLOAT: FLOAT}  # of sinks beside queries of another
 
@@ -67,7 +67,7 @@ def scheduled(batch: Varlen, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "multiprocessors"), [*((x, 4) for x in CASES), ("2000 keys", 40), ("pages, live", 40)]
+    ("name", "multiprocessors"), [*((x, 4) for x in CASES), ("pages, live", 40)]
 )
 def test_decode_equals_reference(device, monkeypatch, name: str, multiprocessors: int) -> None:
     """In splits, and by a schedule whose programs share sequences or have several."""
@@ -90,11 +90,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("num_splits", [1, 3])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(("name", "num_splits"), [*((x, 3) for x in OPTIONS), ("window", 1)])
 def test_with_other_options(device, name: str, num_splits: int) -> None:
     """Sinks are neither scaled nor capped, nor do they lie in a window."""
-    shapes: dict[str, Any] = dict(lengths_q=[3, 1, 2], lengths_k=[150, 70, 4], num_heads=7)
+    shapes: dict[str, Any] = dict(lengths_q=[3, 1, 2], lengths_k=[70, 40, 4], num_heads=7)
     batch = random_varlen(**shapes, num_kv_heads=1, dtype=FLOAT, device=device)
     options = OPTIONS[name] | dict(sinks=sinks_for(batch.q), num_splits=num_splits)
     if "first_key_bias" in options:
@@ -102,11 +101,13 @@ def test_with_other_options(device, name: str, num_splits: int) -> None:
     assert_decode_accurate(run_decode(varlen_decode, batch, **options), batch, **options)
 
 
-@pytest.mark.parametrize("num_splits", [1, 3, 1000])
-@pytest.mark.parametrize("function", [varlen_decode, reference.varlen_decode])
+@pytest.mark.parametrize(
+    ("function", "num_splits"),
+    [(varlen_decode, 1), (varlen_decode, 3), (varlen_decode, 1000), (reference.varlen_decode, 3)],
+)
 def test_once_however_many_splits(device: torch.device, function, num_splits: int) -> None:
     """Without the reference: of each row the share exp(lse) / (exp(lse) + exp(sink))."""
-    batch = random_varlen([1, 2], [300, 63], dtype=FLOAT, device=device)
+    batch = random_varlen([1, 2], [140, 33], dtype=FLOAT, device=device)
     sinks = torch.tensor([0.5, -2.0, 3.0, 6.0], device=device)
     out, lse = run_decode(varlen_decode, batch)
     both = torch.logaddexp(lse, sinks[:, None])
@@ -131,10 +132,11 @@ def test_a_row_that_sees_no_key_is_0(device: torch.device, num_splits: int) -> N
 
 
 def test_sinks_of_minus_infinity_change_nothing(device: torch.device) -> None:
-    batch = random_varlen([2, 5], [300, 63], device=device)
+    batch = random_varlen([2, 3], [63, 9], num_kv_heads=1, device=device)
     none = torch.full((4,), -torch.inf, device=device)
-    expected = run_decode(varlen_decode, batch)
-    torch.testing.assert_close(run_decode(varlen_decode, batch, sinks=none), expected)
+    expected = run_decode(varlen_decode, batch, num_splits=2)
+    actual = run_decode(varlen_decode, batch, sinks=none, num_splits=2)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_large_sinks_take_all(device: torch.device) -> None:
@@ -149,9 +151,9 @@ def test_large_sinks_take_all(device: torch.device) -> None:
     torch.testing.assert_close(lse[1::2], plain_lse[1::2])
 
 
-@pytest.mark.parametrize("rows", [1, 2, 6])
+@pytest.mark.parametrize("rows", [2, 6])
 def test_rows_of_sinks_go_round_the_sequences(device: torch.device, rows: int) -> None:
-    batch = random_varlen([1] * 6, [63, 5, 0, 111, 40, 300], num_kv_heads=1, device=device)
+    batch = random_varlen([1] * 6, [17, 5, 0, 33, 1, 9], num_kv_heads=1, device=device)
     sinks = sinks_for(batch.q, rows)
     options = dict(sinks=sinks)
     assert_decode_accurate(run_decode(varlen_decode, batch, **options), batch, **options)
@@ -195,7 +197,7 @@ def test_two_caches_merge_by_log_sum_exps(device: torch.device) -> None:
 
 
 def test_the_workspace_s_rubbish_is_nothing(device: torch.device) -> None:
-    batch = random_varlen([1, 2], [300, 40], device=device)
+    batch = random_varlen([1, 2], [90, 40], device=device)
     sinks = sinks_for(batch.q)
     workspace = decode_workspace(batch.q, batch.v, 2, 2, 300, num_splits=4)
     workspace.fill_(torch.nan)
@@ -228,7 +230,7 @@ def plain_scores(batch: Varlen, sinks: torch.Tensor, starts: list[int], like: to
 STATS_CASES: dict[str, dict[str, Any]] = CASES | {
     "more than one row block": dict(lengths_q=[70], lengths_k=[150], num_kv_heads=1),
     "group 7": dict(lengths_q=[9], lengths_k=[111], num_heads=14, d=128, dtype=BFLOAT),
-    "group 3": dict(lengths_q=[33, 2], lengths_k=[63, 9], num_heads=6, d=64, dtype=FLOAT),
+    "group 3": dict(lengths_q=[17, 2], lengths_k=[33, 9], num_heads=6, d=64, dtype=FLOAT),
 }
 
 
