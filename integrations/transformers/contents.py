@@ -20,6 +20,7 @@ from vlcache_triton.recipe.plan import CompressionPlan
 from vlcache_triton.recipe.policies import Policy
 from vlcache_triton.recipe.prompt import Prompt
 from vlcache_triton.recipe.report import CompressionReport, sparsity_of
+from vlcache_triton.recipe.softmax import Softmax
 from vlcache_triton.recipe.turn import TurnCompressor
 
 
@@ -105,9 +106,7 @@ class Contents:
         self.prompt = prompt
         self.state = Reading(prompt, num_past, compresses) if packs else Dense()
 
-    def add_layer(
-        self, k: Tensor, v: Tensor, query: Tensor, softmax_scale: float, softcap: float
-    ) -> None:
+    def add_layer(self, k: Tensor, v: Tensor, query: Tensor, softmax: Softmax) -> None:
         """Take a layer of the prompt that is being read; arguments as `PromptCompressor.add`."""
         reading = self.reading
         assert reading is not None
@@ -117,7 +116,7 @@ class Contents:
                 reading.prompt, len(self.layers), self.config, backend, self.policy
             )
         with torch.no_grad():
-            reading.compressor.add(k, v, query.detach(), softmax_scale, softcap)
+            reading.compressor.add(k, v, query.detach(), softmax)
             if reading.compressor.num_added == len(self.layers):
                 self._pack(reading.prompt, reading.compressor)
 
@@ -160,16 +159,14 @@ class Contents:
             self.turn = TurnCompressor(turn, self.config, backend, self.policy)
         packed.begin_step(num_rows, is_pad)
 
-    def measure_turn(self, layer: int, query: Tensor, softmax_scale: float, softcap: float) -> None:
+    def measure_turn(self, layer: int, query: Tensor, softmax: Softmax) -> None:
         """Measure a layer of the pass, once its rows are in their segments."""
         assert self.packed is not None and self.turn is not None
         ragged = self.packed.ragged
         bias = None if ragged.first_key_bias is None else ragged.first_key_bias[layer]
         with torch.no_grad():
             k, v = ragged.padded(layer)
-            self.turn.add(
-                query.detach(), k, v, ragged.seqused_k[layer], softmax_scale, bias, softcap
-            )
+            self.turn.add(query.detach(), k, v, ragged.seqused_k[layer], softmax, bias)
 
     def end_turn(self) -> PackedCache | None:
         """Evict, behind a pass that was measured: a packed cache in place of the one before; None

@@ -15,6 +15,7 @@ from transformers.cache_utils import (
 )
 
 from vlcache_triton.recipe.prompt import Prompt
+from vlcache_triton.recipe.softmax import Softmax
 
 from .contents import Contents, Empty
 
@@ -93,19 +94,17 @@ class VLCacheLayer(ContentsLayer, DynamicLayer):
         self.keys, self.values = key_states, value_states
         return _tagged(key_states, self), value_states
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, softmax_scale: float, softcap: float
-    ) -> Tensor | None:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor | None:
         """Attention over the packed cache `[num_seqs, n, num_heads, d_v]`; None before."""
         packed = self.contents.packed
         if packed is None:
             return None
         query = packed.in_order(query)
         if self.contents.turn is not None:
-            self.contents.measure_turn(self.index, query, softmax_scale, softcap)
-        return packed.as_read(packed.ragged.attend(self.index, query, softmax_scale, softcap))
+            self.contents.measure_turn(self.index, query, softmax)
+        return packed.as_read(packed.ragged.attend(self.index, query, softmax))
 
-    def observe(self, query: Tensor, softmax_scale: float, softcap: float) -> None:
+    def observe(self, query: Tensor, softmax: Softmax) -> None:
         """Hand K, V and query rows of the prompt that is being read to compression."""
         assert self.keys is not None and self.values is not None and self.prompt is not None
         if self.keys.shape[2] != self.prompt.padded_length:
@@ -117,7 +116,7 @@ class VLCacheLayer(ContentsLayer, DynamicLayer):
         # By row, as projections and RoPE leave them behind: views.
         k, v = (x.detach().transpose(1, 2).flatten(0, 1) for x in (self.keys, self.values))
         self.keys = self.values = None
-        self.contents.add_layer(k, v, query, softmax_scale, softcap)
+        self.contents.add_layer(k, v, query, softmax)
 
     def get_seq_length(self) -> Any:
         """Tokens seen, not tokens kept: positions go on from here. During a step of a model with
@@ -162,14 +161,12 @@ class WindowLayer(ContentsLayer, DynamicSlidingWindowLayer):
         keys, values = packed.rings.append(self.index, k, v)
         return _tagged(keys, self), values
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, softmax_scale: float, softcap: float
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
         """Attention within the window `[num_seqs, n, num_heads, d_v]`."""
         packed = self.contents.packed
         assert packed is not None and packed.rings is not None
         query = packed.in_order(query)
-        return packed.as_read(packed.rings.attend(query, key, value, softmax_scale, softcap))
+        return packed.as_read(packed.rings.attend(query, key, value, softmax))
 
     def get_seq_length(self) -> int:
         """Tokens seen: positions go on from here."""

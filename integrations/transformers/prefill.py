@@ -9,17 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlcache_triton.pool.softcap import capped_attention
+from vlcache_triton.pool.attention import torch_attention
 from vlcache_triton.recipe.prompt import Prompt
+from vlcache_triton.recipe.softmax import Softmax
 
 
 def prefill_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prompt: Prompt,
-    softmax_scale: float,
-    softcap: float = 0.0,
+    query: Tensor, key: Tensor, value: Tensor, prompt: Prompt, softmax: Softmax
 ) -> Tensor:
     """Causal attention within each prompt of a left-padded batch.
 
@@ -31,37 +27,31 @@ def prefill_attention(
         `[num_seqs, padded_length, num_heads, d_v]`; the rows of pads are defined, and of no use.
     """
     if _takes_flash_attn(query, value):
-        return _flash_attention(query, key, value, prompt, softmax_scale, softcap)
+        return _flash_attention(query, key, value, prompt, softmax)
     if not any(prompt.pads):
-        return _causal(query, key, value, softmax_scale, softcap)
+        return _causal(query, key, value, softmax)
     num_seqs, num_heads, length, _ = query.shape
     out = query.new_zeros(num_seqs, length, num_heads, value.shape[-1])
     for i, pad in enumerate(prompt.pads):
         q, k, v = (x[i : i + 1, :, pad:] for x in (query, key, value))
-        out[i, pad:] = _causal(q, k, v, softmax_scale, softcap)[0]
+        out[i, pad:] = _causal(q, k, v, softmax)[0]
     return out
 
 
-def _causal(
-    query: Tensor, key: Tensor, value: Tensor, softmax_scale: float, softcap: float
-) -> Tensor:
-    if softcap > 0:
-        return capped_attention(query, key, value, None, softmax_scale, softcap).transpose(1, 2)
+def _causal(query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
+    if not softmax.is_plain:
+        return torch_attention(query, key, value, None, softmax).transpose(1, 2)
     out = F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=softmax_scale, enable_gqa=True
+        query, key, value, is_causal=True, scale=softmax.softmax_scale, enable_gqa=True
     )
     return out.transpose(1, 2)
 
 
 def _flash_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prompt: Prompt,
-    softmax_scale: float,
-    softcap: float,
+    query: Tensor, key: Tensor, value: Tensor, prompt: Prompt, softmax: Softmax
 ) -> Tensor:
-    """flash-attn's varlen kernel: each run of pads is a short sequence of its own."""
+    """flash-attn's varlen kernel: each run of pads is a short sequence of its own. It has no sinks,
+    but says what they share a row with."""
     from flash_attn import flash_attn_varlen_func
 
     num_seqs, num_heads, length, _ = query.shape
@@ -69,10 +59,15 @@ def _flash_attention(
     rows = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
     out = flash_attn_varlen_func(
         *(*rows, cu_seqlens, cu_seqlens, length, length),
-        softmax_scale=softmax_scale,
+        softmax_scale=softmax.softmax_scale,
         causal=True,
-        softcap=softcap,
+        softcap=softmax.softcap,
+        return_attn_probs=softmax.sinks is not None,  # which come with lse, [num_heads, rows]
     )
+    if softmax.sinks is not None:
+        out, lse, _ = out
+        keys_share = torch.sigmoid(lse - softmax.sinks.float()[:, None])
+        out = (out * keys_share.T[..., None]).to(out.dtype)
     return out.view(num_seqs, length, num_heads, -1)
 
 

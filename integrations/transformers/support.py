@@ -215,8 +215,6 @@ def check_model(model: PreTrainedModel) -> None:
     for module in text_model.modules():
         if hasattr(module, "layer_idx") and getattr(module, "is_causal", True) is False:
             raise _unsupported(model.config, "its text rows are not causal")
-        if getattr(module, "sinks", None) is not None:
-            raise _unsupported(model.config, "its attention has sinks")
 
 
 def check_generate(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from vlcache_triton.pool.compress import PromptCompressor
 from vlcache_triton.pool.ragged import RaggedCache
 from vlcache_triton.recipe.plan import CompressionPlan
 from vlcache_triton.recipe.prompt import Prompt
+from vlcache_triton.recipe.softmax import Softmax
 
 CPU = torch.device("cpu")
 REFERENCE: Backend = get_backend("reference", CPU)
@@ -25,7 +26,7 @@ class Layer(NamedTuple):
     k: Tensor
     v: Tensor
     q: Tensor
-    softmax_scale: float
+    softmax: Softmax
 
 
 def make_prompt(lengths: list[int], query_rows: list[int]) -> Prompt:
@@ -57,7 +58,7 @@ def make_layers(
         k = draw(num_seqs * length, num_kv_heads, d)
         v = draw(num_seqs * length, num_kv_heads, d_v)
         q = draw(num_seqs, num_heads, length, d) * factor
-        layers.append(Layer(k.to(dtype), v.to(dtype), q.to(dtype), d**-0.5))
+        layers.append(Layer(k.to(dtype), v.to(dtype), q.to(dtype), Softmax(d**-0.5)))
     return layers
 
 
@@ -77,7 +78,7 @@ def attention(prompt: Prompt, layer: Layer, seq: int) -> Tensor:
     k = layer.k[start : start + length].double()  # [m, num_kv_heads, d]
     q = layer.q[seq, :, layer.q.shape[2] - rows :].double()  # [num_heads, τ, d]
     k = k.repeat_interleave(q.shape[0] // k.shape[1], 1)
-    logits = torch.einsum("hqd,khd->hqk", q, k) * layer.softmax_scale
+    logits = torch.einsum("hqd,khd->hqk", q, k) * layer.softmax.softmax_scale
     hidden = torch.arange(length) > torch.arange(length - rows, length)[:, None]
     return logits.masked_fill(hidden, -math.inf).softmax(-1)
 

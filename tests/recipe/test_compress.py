@@ -23,6 +23,7 @@ from vlcache_triton.pool.compress import PromptCompressor
 from vlcache_triton.pool.ragged import RaggedCache
 from vlcache_triton.pool.streaming import StreamingCompressor
 from vlcache_triton.recipe.report import CompressionReport
+from vlcache_triton.recipe.softmax import Softmax
 
 SHARPNESS = [0.3, 2.0, 8.0]
 either = pytest.mark.parametrize("make", [PromptCompressor, StreamingCompressor])
@@ -190,7 +191,7 @@ def test_the_kernels_give_what_the_reference_gives(make, remainder):
     for name in ("triton", "reference"):
         plan, ragged = compress(make(prompt, 2, config, get_backend(name, device)), layers)
         ragged.append(1, *step[:2])
-        outs.append((plan, ragged.attend(1, step[2], 0.125), segment(ragged, 1, 1, 0)))
+        outs.append((plan, ragged.attend(1, step[2], Softmax(0.125)), segment(ragged, 1, 1, 0)))
     (plan, out, rows), (expected_plan, expected_out, expected_rows) = outs
     assert torch.equal(plan.head_keep, expected_plan.head_keep)
     assert torch.equal(plan.indices, expected_plan.indices)

@@ -18,6 +18,7 @@ from vlcache_triton.pool.ragged import RaggedCache
 from vlcache_triton.pool.rings import WindowRings
 from vlcache_triton.pool.shape import PoolShape, RingShape
 from vlcache_triton.recipe.plan import CompressionPlan
+from vlcache_triton.recipe.softmax import Softmax
 
 D, D_V = 8, 12
 ATOL = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -128,7 +129,7 @@ class Twin:
         num_heads = self.num_kv_heads * group
         for layer in range(self.num_layers):
             q = self.draw(num_seqs, num_heads, n, D)
-            out = self.ragged.attend(layer, q, 0.3)
+            out = self.ragged.attend(layer, q, Softmax(0.3))
             assert out.shape == (num_seqs, n, num_heads, D_V) and out.dtype == self.dtype
             for seq in range(num_seqs):
                 for head in range(num_heads):

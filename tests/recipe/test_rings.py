@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from vlcache_triton.pool.rings import SPARE, WindowRings
 from vlcache_triton.pool.shape import RingShape, kind_of
+from vlcache_triton.recipe.softmax import Softmax
 
 HEADS, KV_HEADS, D, D_V, LAYERS = 6, 2, 8, 4, 2
 PADS = (0, 3)
@@ -75,7 +76,7 @@ def step(generator, rings, dense, n):
     dense.append(k, v)
     for layer in range(LAYERS):
         q = random(generator, len(PADS), HEADS, n, D)
-        out = rings.attend(q, *rings.append(layer, k[layer], v[layer]), 0.3)
+        out = rings.attend(q, *rings.append(layer, k[layer], v[layer]), Softmax(0.3))
         torch.testing.assert_close(out, dense.attend(layer, q))
 
 
@@ -145,12 +146,12 @@ def test_pads_of_later_passes_are_nowhere(window, is_chunked, passes, seed) -> N
         k = random(generator, len(PADS), KV_HEADS, n, D)
         v = random(generator, len(PADS), KV_HEADS, n, D_V)
         q = random(generator, len(PADS), HEADS, n, D)
-        out = both.attend(q, *both.append(0, k, v), 0.3)
+        out = both.attend(q, *both.append(0, k, v), Softmax(0.3))
         assert out.isfinite().all()
         for seq, pad in enumerate(pads):
             rows = [x[seq : seq + 1, :, pad:] for x in (q, k, v)]
             alone[seq].advance(99, n - pad)
-            expected = alone[seq].attend(rows[0], *alone[seq].append(0, *rows[1:]), 0.3)
+            expected = alone[seq].attend(rows[0], *alone[seq].append(0, *rows[1:]), Softmax(0.3))
             torch.testing.assert_close(out[seq, pad:], expected[0])
 
 
@@ -176,7 +177,7 @@ def test_sequences_can_be_chosen() -> None:
     rings.advance(20, 1)
     q = random(generator, 3, HEADS, 1, D)
     rows = random(generator, 3, KV_HEADS, 1, D), random(generator, 3, KV_HEADS, 1, D_V)
-    out = rings.attend(q, *rings.append(0, *rows), 0.3)
+    out = rings.attend(q, *rings.append(0, *rows), Softmax(0.3))
     assert out.shape == (3, 1, HEADS, D_V) and out.isfinite().all()
 
 

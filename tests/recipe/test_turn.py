@@ -19,6 +19,7 @@ from vlcache_triton.pool.ragged import RaggedCache
 from vlcache_triton.recipe.budgets import layer_budgets, shrink
 from vlcache_triton.recipe.policies import POLICIES, Policy
 from vlcache_triton.recipe.prompt import Prompt
+from vlcache_triton.recipe.softmax import Softmax
 from vlcache_triton.recipe.turn import ROWS_AT_ONCE, TurnCompressor
 
 SHARPNESS = [0.5, 4.0, 20.0]
@@ -40,7 +41,7 @@ def decide(ragged: RaggedCache, compressor: TurnCompressor, layers):
     for i, layer in enumerate(layers):
         bias = None if ragged.first_key_bias is None else ragged.first_key_bias[i]
         k, v = ragged.padded(i)
-        compressor.add(layer.q, k, v, ragged.seqused_k[i], layer.softmax_scale, bias)
+        compressor.add(layer.q, k, v, ragged.seqused_k[i], layer.softmax, bias)
     return compressor.decide(ragged.seqused_k.long(), ragged.num_evicted)
 
 
@@ -116,22 +117,27 @@ def test_policies_rank_a_packed_prompt_as_a_dense_one(policy):
     assert torch.equal(eviction.indices, plan.indices)
 
 
-def test_logits_are_capped_as_a_prompts():
+@pytest.mark.parametrize(
+    "softmax",
+    [Softmax(SCALE, softcap=0.7), Softmax(SCALE, sinks=torch.tensor([2.0, -torch.inf, 0.5, 9.0]))],
+    ids=["capped", "with sinks"],
+)
+def test_logits_become_weights_as_a_prompts_do(softmax):
     prompt, config = make_prompt([40, 23], [7, 7]), VLCacheConfig(budget=0.4)
     layers = make_layers(prompt, SHARPNESS)
     compressor = PromptCompressor(prompt, 3, config, REFERENCE)
     for layer in layers:
-        compressor.add(*layer, softcap=0.7)
+        compressor.add(*layer[:3], softmax)
     plan, _ = compressor.pack(4)
     _, ragged = compress(PromptCompressor(prompt, 3, VLCacheConfig(budget=1.0), REFERENCE), layers)
     turn = TurnCompressor(prompt, config, REFERENCE)
     for i, layer in enumerate(layers):
-        turn.add(layer.q, *ragged.padded(i), ragged.seqused_k[i], SCALE, softcap=0.7)
+        turn.add(layer.q, *ragged.padded(i), ragged.seqused_k[i], softmax)
     eviction = turn.decide(ragged.seqused_k.long(), None)
     torch.testing.assert_close(eviction.plan.sparsity, plan.sparsity)
     assert torch.equal(eviction.indices, plan.indices)
-    uncapped = decide(ragged, TurnCompressor(prompt, config, REFERENCE), layers)
-    assert not torch.equal(uncapped.indices, plan.indices)
+    plain = decide(ragged, TurnCompressor(prompt, config, REFERENCE), layers)
+    assert not torch.equal(plain.indices, plan.indices)
 
 
 def dense_maps(ragged, layer: int, seq: int, head: int, q: Tensor, rows: int):

@@ -59,6 +59,7 @@ FURTHER = [
     "hunyuan_vl",
     "hyperclovax_vision_v2",
     "idefics2",
+    "internvl_gpt_oss",
     "janus",
     "lighton_ocr",
     "molmo2",

@@ -341,6 +341,25 @@ def idefics2() -> Built:
     return model, [START, *[IMAGE] * 8, START], _per_prompt
 
 
+def internvl_gpt_oss() -> Built:
+    """Its text has a sink for each head, in layers with and without a window, and experts."""
+    text = dict(TEXT, **tiny_models.TEXT, model_type="gpt_oss", sliding_window=16)
+    text |= dict(layer_types=["sliding_attention", "full_attention"] * 2)
+    config = hf.InternVLConfig(
+        vision_config=dict(tiny_models.VISION, image_size=[56, 56], patch_size=[14, 14]),
+        text_config=text,
+        image_token_id=IMAGE,
+        image_seq_length=4,
+        downsample_ratio=0.5,
+    )
+    model = hf.InternVLForConditionalGeneration(config)
+    with torch.no_grad():
+        for module in model.modules():
+            if hasattr(module, "sinks"):
+                module.sinks.copy_(torch.tensor([3.0, -2.0, 1.0, 0.0]))
+    return model, [START, *[IMAGE] * 4, END], _square
+
+
 def janus() -> Built:
     vq = hf.JanusVQVAEConfig(
         embed_dim=8,

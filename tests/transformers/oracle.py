@@ -210,7 +210,7 @@ def _masked_attention(
         row = row + bias.repeat_interleave(group, 1)
         logits = torch.cat([row, logits], -1)
         value = torch.cat([mean_v, value], 2)
-    weights = logits.softmax(-1)
+    weights = _weights(logits, kwargs.get("s_aux"))
     _maps[module.layer_idx] = weights.detach()
     out = weights @ value.repeat_interleave(group, 1)
     return out.transpose(1, 2).contiguous(), weights
@@ -219,6 +219,14 @@ def _masked_attention(
 def _capped(logits: Tensor, cap: float | None) -> Tensor:
     """Of a text that caps its logits softly, as Gemma2."""
     return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _weights(logits: Tensor, sinks: Tensor | None) -> Tensor:
+    """Of a text whose heads have sinks, as gpt-oss: one more logit, whose weight goes nowhere."""
+    if sinks is None:
+        return logits.softmax(-1)
+    more = sinks[None, :, None, None].expand(*logits.shape[:3], 1)
+    return torch.cat([logits, more], -1).softmax(-1)[..., :-1]
 
 
 def means(evicted: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

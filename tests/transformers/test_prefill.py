@@ -24,8 +24,10 @@ from vlcache_triton.integrations.transformers.attention import vlcache_attention
 from vlcache_triton.integrations.transformers.layers import PromptLength, VLCacheLayer
 from vlcache_triton.integrations.transformers.prefill import prefill_attention
 from vlcache_triton.recipe.prompt import Prompt
+from vlcache_triton.recipe.softmax import Softmax
 
 PADS = {"one": (0,), "even": (0, 0), "padded": (0, 5, 11), "all padded": (3, 1)}
+SINKS = torch.tensor([1.5, -math.inf, 6.0, -2.0])  # of two KV heads with two heads each
 every_padding = pytest.mark.parametrize("pads", PADS.values(), ids=PADS)
 
 
@@ -40,7 +42,7 @@ def inputs(pads, num_kv_heads, group, length=12, d=16, d_v=16, dtype=torch.float
     return q, k, draw(num_kv_heads, d_v), prompt
 
 
-def eager(q, k, v, prompt, scale):
+def eager(q, k, v, prompt, scale, sinks=None):
     """Masked attention `[num_seqs, length, num_heads, d_v]` in fp64, all of it materialised."""
     group, length = q.shape[1] // k.shape[1], prompt.padded_length
     k, v = (x.double().repeat_interleave(group, 1) for x in (k, v))
@@ -48,7 +50,10 @@ def eager(q, k, v, prompt, scale):
     out = []
     for i, pad in enumerate(prompt.pads):
         hidden = (position > position[:, None]) | (position < pad)
-        weights = (q[i].double() @ k[i].mT * scale).masked_fill(hidden, -math.inf).softmax(-1)
+        logits = (q[i].double() @ k[i].mT * scale).masked_fill(hidden, -math.inf)
+        if sinks is not None:
+            logits = torch.cat([logits, sinks[:, None, None].expand(-1, length, 1)], -1)
+        weights = logits.softmax(-1)[..., :length]
         out.append((weights @ v[i]).transpose(0, 1))
     return torch.stack(out)
 
@@ -64,59 +69,71 @@ def assert_same_rows(out, expected, prompt, atol):
 @pytest.mark.parametrize("num_kv_heads", [1, 2])
 def test_prompts_attend_as_masked_eager_attention_does(pads, num_kv_heads, group):
     q, k, v, prompt = inputs(pads, num_kv_heads, group)
-    out = prefill_attention(q, k, v, prompt, 0.3)
+    out = prefill_attention(q, k, v, prompt, Softmax(0.3))
     assert_same_rows(out, eager(q, k, v, prompt, 0.3), prompt, 1e-5)
+
+
+@every_padding
+def test_sinks_take_their_share(pads):
+    q, k, v, prompt = inputs(pads, 2, 2)
+    out = prefill_attention(q, k, v, prompt, Softmax(0.3, sinks=SINKS))
+    assert_same_rows(out, eager(q, k, v, prompt, 0.3, SINKS), prompt, 1e-5)
 
 
 @every_padding
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float16, 4e-3), (torch.bfloat16, 4e-2)])
 def test_half_precision(pads, dtype, atol):
     q, k, v, prompt = inputs(pads, 2, 4, dtype=dtype)
-    out = prefill_attention(q, k, v, prompt, 0.25)
+    out = prefill_attention(q, k, v, prompt, Softmax(0.25))
     assert out.dtype == dtype
     assert_same_rows(out, eager(q, k, v, prompt, 0.25), prompt, atol)
 
 
 def test_the_head_size_of_values_may_differ():
     q, k, v, prompt = inputs((0, 5), 2, 2, d_v=24)
-    out = prefill_attention(q, k, v, prompt, 0.3)
+    out = prefill_attention(q, k, v, prompt, Softmax(0.3))
     assert_same_rows(out, eager(q, k, v, prompt, 0.3), prompt, 1e-5)
 
 
 def test_what_lies_under_pads_reaches_no_row():
     """Not even NaN, and the rows of pads themselves are defined."""
     q, k, v, prompt = inputs((0, 5, 11), 2, 2)
-    clean = prefill_attention(q, k, v, prompt, 0.3)
+    clean = prefill_attention(q, k, v, prompt, Softmax(0.3))
     for i, pad in enumerate(prompt.pads):
         for x in (q, k, v):
             x[i, :, :pad] = math.nan
-    out = prefill_attention(q, k, v, prompt, 0.3)
+    out = prefill_attention(q, k, v, prompt, Softmax(0.3))
     assert torch.equal(out, clean)
     assert out.isfinite().all()
 
 
-def test_flash_attn_is_given_runs_of_pads_as_sequences_of_their_own(monkeypatch):
-    """Its varlen interface, as far as it can be followed without it."""
+@pytest.mark.parametrize("sinks", [None, SINKS], ids=["plain", "sinks"])
+def test_flash_attn_is_given_runs_of_pads_as_sequences_of_their_own(monkeypatch, sinks):
+    """Its varlen interface, as far as it can be followed without it; it has no sinks."""
     seen = {}
 
     def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, **options):
         seen.update(cu_q=cu_q.tolist(), max_q=max_q)
-        assert options == dict(causal=True, softcap=0.0)
+        with_lse = sinks is not None
+        assert options == dict(causal=True, softcap=0.0, return_attn_probs=with_lse)
         assert torch.equal(cu_q, cu_k) and max_q == max_k
-        out = q.new_empty(*q.shape[:2], v.shape[-1])
+        out, lse = q.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(q.shape[1::-1])
         for first, last in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True):
             rows = [x[None, first:last].transpose(1, 2) for x in (q, k, v)]
             whole = Prompt(last - first, (0,), (1,))
             out[first:last] = eager(*rows, whole, softmax_scale)[0].to(out.dtype)
-        return out
+            logits = rows[0][0] @ rows[1][0].repeat_interleave(2, 0).mT * softmax_scale
+            hidden = torch.ones(last - first, last - first).triu(1) == 1
+            lse[:, first:last] = logits.masked_fill(hidden, -math.inf).logsumexp(-1)
+        return (out, lse, None) if with_lse else out
 
     module = mock.Mock(flash_attn_varlen_func=flash_attn_varlen_func)
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     monkeypatch.setattr(prefill_module, "_takes_flash_attn", lambda query, value: True)
-    q, k, v, prompt = inputs((0, 5, 11), 2, 4)
-    out = prefill_attention(q, k, v, prompt, 0.3)
+    q, k, v, prompt = inputs((0, 5, 11), 2, 2)
+    out = prefill_attention(q, k, v, prompt, Softmax(0.3, sinks=sinks))
     assert seen == dict(cu_q=[0, 0, 12, 17, 24, 35, 36], max_q=12)
-    assert_same_rows(out, eager(q, k, v, prompt, 0.3), prompt, 1e-5)
+    assert_same_rows(out, eager(q, k, v, prompt, 0.3, sinks), prompt, 1e-5)
 
 
 def mask_arguments(pads=(0, 5), length=12, reading=False, **more):

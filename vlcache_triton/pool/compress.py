@@ -11,6 +11,7 @@ from ..recipe.config import VLCacheConfig
 from ..recipe.plan import CompressionPlan, make_plan, whole_plan
 from ..recipe.policies import VL_CACHE, Policy
 from ..recipe.prompt import Prompt
+from ..recipe.softmax import Softmax
 from ..recipe.statistics import LayerStats, measure_layer
 from .ragged import RaggedCache
 from .shape import PoolShape, kind_of
@@ -44,19 +45,16 @@ class PromptCompressor:
         self._stats: list[LayerStats] = []
         self._rows: list[tuple[Tensor, Tensor]] = []
 
-    def add(
-        self, k: Tensor, v: Tensor, q: Tensor, softmax_scale: float, softcap: float = 0.0
-    ) -> None:
+    def add(self, k: Tensor, v: Tensor, q: Tensor, softmax: Softmax) -> None:
         """One layer, after RoPE.
 
         Args:
             k, v: `[num_seqs * padded_length, num_kv_heads, d]`; kept by reference.
             q: `[num_seqs, num_heads, n, d]`, whose last rows are the prompts' last rows.
-            softcap: of the logits, as `post_vision_stats` has it.
         """
         self._count(k, v)
         if self.compresses:
-            self._stats.append(self._measure(k, v, q, softmax_scale, softcap))
+            self._stats.append(self._measure(k, v, q, softmax))
         self._rows.append((k, v))
 
     def pack(
@@ -91,13 +89,11 @@ class PromptCompressor:
         self.num_added += 1
         self.bytes_seen += k.nbytes + v.nbytes
 
-    def _measure(
-        self, k: Tensor, v: Tensor, q: Tensor, softmax_scale: float, softcap: float
-    ) -> LayerStats:
+    def _measure(self, k: Tensor, v: Tensor, q: Tensor, softmax: Softmax) -> LayerStats:
         """What the policy asks for of the layer that is added; arguments as for `add`."""
         asked = (self.prompt, self.config, self.backend, self.policy)
         layer = self.num_added - 1
-        return measure_layer(layer, k, v, q, softmax_scale, *asked, softcap=softcap)
+        return measure_layer(layer, k, v, q, softmax, *asked)
 
 
 def shape_of(

@@ -16,9 +16,10 @@ from ..kernels.types import MAX_SEQLEN_Q
 from ..ops import Backend, get_backend
 from ..recipe.plan import CompressionPlan
 from ..recipe.prompt import to_device
+from ..recipe.softmax import Softmax
 from ..recipe.turn import Eviction
+from .attention import torch_attention
 from .shape import PoolShape, kind_of
-from .softcap import capped_attention
 
 ROWS_AT_ONCE = 256  # of a long turn; bounds its attention mask
 GROWTH = 128  # rows that full segments grow by, at least
@@ -188,7 +189,7 @@ class RaggedCache:
         if pads is not None:
             self.seqused_k[layer] -= pads.repeat_interleave(self.num_kv_heads).int()
 
-    def attend(self, layer: int, q: Tensor, softmax_scale: float, softcap: float = 0.0) -> Tensor:
+    def attend(self, layer: int, q: Tensor, softmax: Softmax) -> Tensor:
         """Causal attention of the last n rows q `[num_seqs, num_heads, n, d]` over all live ones.
 
         Returns `[num_seqs, n, num_heads, d_v]`; the rows of pads are defined, and of no use. More
@@ -197,9 +198,10 @@ class RaggedCache:
         """
         num_seqs, num_heads, n, d = q.shape
         segments, group = num_seqs * self.num_kv_heads, num_heads // self.num_kv_heads
+        softmax = softmax.by_kv_head(self.num_kv_heads)
         if n > MAX_SEQLEN_Q:
             rows = q.reshape(segments, group, n, d)
-            out = self._attend_turn(layer, rows, softmax_scale, softcap)
+            out = self._attend_turn(layer, rows, softmax)
             return out.reshape(num_seqs, num_heads, n, -1).transpose(1, 2).contiguous()
         rows = q.reshape(segments, group, n, d).transpose(1, 2).reshape(segments * n, group, d)
         out = self.backend.varlen_decode(
@@ -210,11 +212,10 @@ class RaggedCache:
             self.cu_seqlens_k[layer],
             n,
             self.max_seqlen_k,
-            softmax_scale=softmax_scale,
             causal=True,
-            softcap=softcap,
             seqused_k=self.seqused_k[layer],
             first_key_bias=None if self.first_key_bias is None else self.first_key_bias[layer],
+            **softmax._asdict(),
         )
         out = out.view(num_seqs, self.num_kv_heads, n, group, -1).transpose(1, 2)
         return out.reshape(num_seqs, n, num_heads, -1)
@@ -386,7 +387,7 @@ class RaggedCache:
         self.k = self.k[rows]
         self.v = self.v[rows]
 
-    def _attend_turn(self, layer: int, q: Tensor, softmax_scale: float, softcap: float) -> Tensor:
+    def _attend_turn(self, layer: int, q: Tensor, softmax: Softmax) -> Tensor:
         """q `[num_segments, group, n, d]` -> `[num_segments, group, n, d_v]`, n of any size."""
         n = q.shape[2]
         live = self.seqused_k[layer].long()[:, None]
@@ -401,9 +402,10 @@ class RaggedCache:
                 mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf)
                 mask[..., 0] += self.first_key_bias[layer, :, None]
             part, mask = q[:, :, first : first + ROWS_AT_ONCE], mask[:, None]
-            if softcap > 0:
-                part = capped_attention(part, k, v, mask, softmax_scale, softcap)
+            if softmax.is_plain:
+                scale = softmax.softmax_scale
+                part = F.scaled_dot_product_attention(part, k, v, mask, scale=scale)
             else:
-                part = F.scaled_dot_product_attention(part, k, v, mask, scale=softmax_scale)
+                part = torch_attention(part, k, v, mask, softmax)
             parts.append(part)
         return torch.cat(parts, 2)

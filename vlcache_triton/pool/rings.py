@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..recipe.softmax import Softmax
+from .attention import torch_attention
 from .shape import RingShape
-from .softcap import capped_attention
 
 SPARE = 16  # slots beyond the window: so many steps at most can be taken back
 
@@ -118,15 +119,13 @@ class WindowRings:
             last = x[:, :, -slots.shape[2] :]
             ring.scatter_(2, slots.expand_as(last), last)
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, softcap: float = 0.0
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
         """Attention of the pass's rows q `[num_seqs, num_heads, n, d]` over what `append` gave.
 
         Returns `[num_seqs, n, num_heads, d_v]`.
         """
-        if softcap > 0:
-            out = capped_attention(q, k, v, self._mask, softmax_scale, softcap)
+        if not softmax.is_plain:
+            out = torch_attention(q, k, v, self._mask, softmax)
             return out.transpose(1, 2).contiguous()
         num_seqs, num_heads, n, d = q.shape
         num_kv_heads = k.shape[1]
@@ -134,7 +133,8 @@ class WindowRings:
         # The heads of a group as rows of one: no repeated K and V.
         rows = q.reshape(num_seqs, num_kv_heads, group * n, d)
         mask = self._mask.repeat(1, 1, group, 1)
-        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=softmax_scale)
+        scale = softmax.softmax_scale
+        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
         return out.reshape(num_seqs, num_heads, n, -1).transpose(1, 2).contiguous()
 
     def take_back(self, num_rows: int) -> None:

@@ -19,6 +19,7 @@ from ..recipe.plan import (
     recent_tokens,
     select_kept,
 )
+from ..recipe.softmax import Softmax
 from .compress import PromptCompressor, shape_of
 from .ragged import RaggedCache
 
@@ -64,15 +65,13 @@ class StreamingCompressor(PromptCompressor):
         self._density: list[Tensor] = []
         self._pruned: list[_Pruned] = []
 
-    def add(
-        self, k: Tensor, v: Tensor, q: Tensor, softmax_scale: float, softcap: float = 0.0
-    ) -> None:
+    def add(self, k: Tensor, v: Tensor, q: Tensor, softmax: Softmax) -> None:
         """One layer, after RoPE; arguments as for PromptCompressor."""
         if not self.compresses:
-            super().add(k, v, q, softmax_scale, softcap)
+            super().add(k, v, q, softmax)
             return
         self._count(k, v)
-        stats = self._measure(k, v, q, softmax_scale, softcap).post_vision
+        stats = self._measure(k, v, q, softmax).post_vision
         self._density.append(layer_density(stats, self.prompt).cpu())
         bounds = self._bounds()
         for layer, pruned in enumerate(self._pruned):

@@ -15,6 +15,7 @@ from ..ops import Backend
 from .config import VLCacheConfig
 from .policies import Policy, PromptStatistics
 from .prompt import Prompt
+from .softmax import Softmax
 
 
 class LayerStats(NamedTuple):
@@ -38,13 +39,11 @@ def measure_layer(
     k: Tensor,
     v: Tensor,
     q: Tensor,
-    softmax_scale: float,
+    softmax: Softmax,
     prompt: Prompt,
     config: VLCacheConfig,
     backend: Backend,
     policy: Policy,
-    *,
-    softcap: float = 0.0,
 ) -> LayerStats:
     """All that the policy asks for of one layer, and nothing else.
 
@@ -52,12 +51,11 @@ def measure_layer(
         layer: its number among those that are compressed.
         k, v: `[num_seqs * padded_length, num_kv_heads, d]` after RoPE.
         q: `[num_seqs, num_heads, n, d]`, whose last rows are the prompts' last rows.
-        softcap: of the logits, as `post_vision_stats` has it.
 
     Raises:
         ValueError: for outside scores of another shape or with NaN, which costs them a host sync.
     """
-    attention = partial(_attention, k, q, softmax_scale, backend, softcap=softcap)
+    attention = partial(_attention, k, q, softmax, backend)
     return measure_attention(attention, layer, k, v, prompt, config, backend, policy)
 
 
@@ -129,7 +127,7 @@ def prompt_statistics(
 
 
 def _attention(
-    k: Tensor, q: Tensor, softmax_scale: float, backend: Backend, prompt: Prompt, **options
+    k: Tensor, q: Tensor, softmax: Softmax, backend: Backend, prompt: Prompt, **options
 ) -> PostVisionStats:
     cu_seqlens_q, cu_seqlens_k = prompt.cu_seqlens(k.device)
     return backend.post_vision_stats(
@@ -139,7 +137,7 @@ def _attention(
         cu_seqlens_k,
         max(prompt.query_rows),
         prompt.padded_length,
-        softmax_scale=softmax_scale,
+        **softmax._asdict(),
         **options,
     )
 

@@ -21,6 +21,7 @@ from .config import VLCacheConfig
 from .plan import CompressionPlan, make_plan, recent_tokens
 from .policies import VL_CACHE, Policy
 from .prompt import Prompt, count_query_rows, to_device
+from .softmax import Softmax
 from .statistics import LayerStats, measure_attention
 
 ROWS_AT_ONCE = 256  # query rows; bounds the logits in memory
@@ -76,9 +77,8 @@ class TurnCompressor:
         k: Tensor,
         v: Tensor,
         seqused_k: Tensor,
-        softmax_scale: float,
+        softmax: Softmax,
         first_key_bias: Tensor | None = None,
-        softcap: float = 0.0,
     ) -> None:
         """One layer, once the pass's rows are in its segments.
 
@@ -88,15 +88,12 @@ class TurnCompressor:
             seqused_k: `[num_segments]` int, how many rows are live.
             first_key_bias: `[num_segments]` fp32, as for `varlen_decode`. A row that stands for n
                 tokens has n times the weight of its logit, and is as great as one of them.
-            softcap: of the logits, as `post_vision_stats` has it.
         """
         prompt, num_seqs = self.prompt, len(q)
         others = [0] * num_seqs
         if self._is_bound:
             others = [count_query_rows(m, m, self.config, self.policy) for m in prompt.lengths]
-        attention = _TurnAttention(
-            q, k, seqused_k.long(), softmax_scale, first_key_bias, softcap, prompt, others
-        )
+        attention = _TurnAttention(q, k, seqused_k.long(), softmax, first_key_bias, prompt, others)
         if prompt.is_compressible:
             stats = measure_attention(
                 attention,
@@ -217,9 +214,8 @@ class _TurnAttention:
     q: Tensor
     k: Tensor
     seqused_k: Tensor
-    softmax_scale: float
+    softmax: Softmax
     first_key_bias: Tensor | None
-    softcap: float
     prompt: InitVar[Prompt]
     others: Sequence[int]
     scores: Tensor = field(init=False)
@@ -273,6 +269,7 @@ class _TurnAttention:
         n, device = weights.shape[1], self.q.device
         q = self.q[:, :, self.q.shape[2] - n :].unflatten(1, (self.num_kv_heads, -1)).flatten(0, 1)
         weights = weights.repeat_interleave(self.num_kv_heads, 0)
+        softmax = self.softmax.by_kv_head(self.num_kv_heads)
         keys = self.k.float().transpose(1, 2)[:, None]
         column = torch.arange(keys.shape[-1], device=device)
         scores = torch.zeros(*q.shape[:2], len(column), device=device)
@@ -282,9 +279,7 @@ class _TurnAttention:
             weight = weights[:, row, None]
             last = self.seqused_k[:, None, None] - n + row[:, None]
             is_visible = (column <= last) & (weight >= 0)  # [num_segments, rows, max_seqlen_k]
-            logits = q[:, :, row].float() @ keys * self.softmax_scale
-            if self.softcap > 0:
-                logits = torch.tanh(logits / self.softcap) * self.softcap
+            logits = softmax.logits(q[:, :, row].float() @ keys)
             logits.masked_fill_(~is_visible[:, None], -math.inf)
             passes = logits - logits.amax(-1, keepdim=True) >= log_threshold
             is_counted = is_visible & (column >= self.first[:, None, None])
@@ -292,7 +287,7 @@ class _TurnAttention:
             if self.first_key_bias is not None:
                 logits[..., 0] += self.first_key_bias[:, None, None]
             # Rows that are not measured see nothing.
-            attention = logits.softmax(-1).nan_to_num(0.0) * weight.clamp(min=0)[:, None]
+            attention = softmax.weights(logits).nan_to_num(0.0) * weight.clamp(min=0)[:, None]
             if is_max:
                 scores = torch.maximum(scores, attention.amax(2))
             else:

@@ -23,6 +23,7 @@ from vlcache_triton.recipe.config import VLCacheConfig
 from vlcache_triton.recipe.plan import CompressionPlan, make_plan
 from vlcache_triton.recipe.prompt import Prompt, count_query_rows
 from vlcache_triton.recipe.report import CompressionReport
+from vlcache_triton.recipe.softmax import Softmax
 from vlcache_triton.recipe.statistics import LayerStats, measure_layer
 
 from .variants import Variant
@@ -48,8 +49,7 @@ class _Layer(NamedTuple):
     k: Tensor
     v: Tensor
     q: Tensor
-    softmax_scale: float
-    softcap: float
+    softmax: Softmax
 
 
 class _Watched(RaggedCache):
@@ -59,9 +59,9 @@ class _Watched(RaggedCache):
         super().__init__(shape, backend)
         self.queries: list[list[Tensor]] = [[] for _ in range(shape.num_layers)]
 
-    def attend(self, layer: int, q: Tensor, softmax_scale: float, softcap: float = 0.0) -> Tensor:
+    def attend(self, layer: int, q: Tensor, softmax: Softmax) -> Tensor:
         self.queries[layer].append(q[0].transpose(0, 1))  # [n, num_heads, d]
-        return super().attend(layer, q, softmax_scale, softcap)
+        return super().attend(layer, q, softmax)
 
 
 class _Recorder(PromptCompressor):
@@ -73,11 +73,9 @@ class _Recorder(PromptCompressor):
         super().__init__(prompt, *args)
         self._recorded = recorded
 
-    def add(
-        self, k: Tensor, v: Tensor, q: Tensor, softmax_scale: float, softcap: float = 0.0
-    ) -> None:
-        self._recorded.append(_Layer(k, v, q, softmax_scale, softcap))
-        super().add(k, v, q, softmax_scale, softcap)
+    def add(self, k: Tensor, v: Tensor, q: Tensor, softmax: Softmax) -> None:
+        self._recorded.append(_Layer(k, v, q, softmax))
+        super().add(k, v, q, softmax)
 
     def pack(
         self, head_room: int, allocate: Callable[..., RaggedCache] = RaggedCache
@@ -162,8 +160,7 @@ class Recording:
                     *cu_seqlens,
                     len(q),
                     len(k),
-                    softmax_scale=recorded.softmax_scale,
-                    softcap=recorded.softcap,
+                    **recorded.softmax._asdict(),
                 )
             )
         return stats
@@ -227,7 +224,7 @@ class Recording:
         if key not in self._stats:
             asked = (prompt, config, backend, variant.policy)
             self._stats[key] = [
-                measure_layer(layer, x.k, x.v, x.q, x.softmax_scale, *asked, softcap=x.softcap)
+                measure_layer(layer, x.k, x.v, x.q, x.softmax, *asked)
                 for layer, x in enumerate(self._recorded)
             ]
         return prompt, self._stats[key]

@@ -1,6 +1,9 @@
-"""A text that caps its logits softly, as Gemma2, in layers with and without a window."""
+"""Texts that cap their logits softly, as Gemma2, or have sinks, as gpt-oss; in layers with and
+without a window."""
 
 from __future__ import annotations
+
+import copy
 
 import oracle
 import pytest
@@ -15,7 +18,7 @@ from checks import (
     assert_same_run,
     logits,
 )
-from families import LONG, SHORT, Family
+from families import LONG, SHORT, Family, build
 from recorded_graph import RecordedGraph, recorded_graphs
 from transformers import DynamicCache
 
@@ -23,16 +26,19 @@ from vlcache_triton import VLCacheConfig
 from vlcache_triton.integrations.transformers import vl_cache
 from vlcache_triton.integrations.transformers.attention import vlcache_attention
 from vlcache_triton.integrations.transformers.names import CACHE
-from vlcache_triton.pool.softcap import ROWS_AT_ONCE, capped_attention
+from vlcache_triton.pool.attention import ROWS_AT_ONCE, torch_attention
+from vlcache_triton.recipe.softmax import Softmax
 
 TURN = torch.arange(20, 61)[None]  # more than 16 rows
 BATCHES = {"one": [LONG], "padded": [LONG, SHORT]}
 every_batch = pytest.mark.parametrize("prompts", BATCHES.values(), ids=BATCHES)
 
 
-@pytest.fixture(scope="module")
-def family() -> Family:
-    return unusual_models.llava_on_gemma2()
+@pytest.fixture(scope="module", params=["softcap", "sinks"])
+def family(request) -> Family:
+    if request.param == "softcap":
+        return unusual_models.llava_on_gemma2()
+    return build("internvl_gpt_oss")
 
 
 @every_batch
@@ -93,27 +99,29 @@ def test_captured_steps(family):
     assert_same_run(out, expected, ORACLE_ATOL)
 
 
-def test_the_cap_and_what_is_evicted_matter_to_this_model(family):
+def test_the_softmax_and_what_is_evicted_matter_to_this_model(family):
     """Without this, equality would prove nothing."""
     inputs = family.inputs(LONG)
     expected = logits(family.model.generate(**inputs, **GREEDY))
     with vl_cache(family.model, budget=0.4):
         compressed = logits(family.model.generate(**inputs, **GREEDY))
     assert (compressed[:, 1] - expected[:, 1]).abs().max() > 0.01
-    attentions = [x for x in family.model.modules() if hasattr(x, "attn_logit_softcapping")]
-    try:
-        for x in attentions:
+    plain = copy.deepcopy(family.model)
+    for x in plain.modules():
+        if hasattr(x, "attn_logit_softcapping"):
             x.attn_logit_softcapping = None
-        uncapped = logits(family.model.generate(**inputs, **GREEDY))
-    finally:
-        for x in attentions:
-            x.attn_logit_softcapping = family.text_config.attn_logit_softcapping
-    assert (uncapped[:, 0] - expected[:, 0]).abs().max() > 0.01
+        if hasattr(x, "sinks"):
+            x.sinks.data.fill_(-torch.inf)
+    assert (logits(plain.generate(**inputs, **GREEDY))[:, 0] - expected[:, 0]).abs().max() > 0.01
+
+
+SINKS = torch.tensor([1.5, -torch.inf, 9.0, 0.0, -3.0, 4.5])
 
 
 @pytest.mark.parametrize("n", [3, ROWS_AT_ONCE + 5])
 @pytest.mark.parametrize("mask", ["causal", "bool", "added"])
-def test_blocks_of_rows_are_the_whole(n, mask):
+@pytest.mark.parametrize("sinks", [None, SINKS], ids=["no sinks", "sinks"])
+def test_blocks_of_rows_are_the_whole(n, mask, sinks):
     generator = torch.Generator().manual_seed(0)
     n_k = n + 7
     q, k, v = (
@@ -125,13 +133,19 @@ def test_blocks_of_rows_are_the_whole(n, mask):
     if mask == "added":
         added[:, 0] += 1.5
     given = {"causal": None, "bool": seen.expand(2, 1, -1, -1), "added": added[None, None]}[mask]
-    out = capped_attention(q, k, v, given, 0.7, 1.5)
+    out = torch_attention(q, k, v, given, Softmax(0.7, 1.5, sinks))
     whole = q @ k.repeat_interleave(3, 1).transpose(2, 3) * 0.7
     whole = torch.tanh(whole / 1.5) * 1.5 + added
-    torch.testing.assert_close(out, whole.softmax(-1) @ v.repeat_interleave(3, 1))
+    if sinks is not None:
+        whole = torch.cat([whole, SINKS[:, None, None].expand(2, -1, n, 1)], -1)
+    torch.testing.assert_close(out, whole.softmax(-1)[..., :n_k] @ v.repeat_interleave(3, 1))
 
 
-def test_attention_outside_of_any_cache_is_capped_too():
+@pytest.mark.parametrize(
+    "given", [dict(softcap=0.5), dict(s_aux=SINKS[:2])], ids=["softcap", "sinks"]
+)
+def test_attention_outside_of_any_cache_has_them_too(given):
     q, k, v = torch.randn(3, 1, 2, 5, 8, generator=torch.Generator().manual_seed(0))
-    out, _ = vlcache_attention(torch.nn.Module(), q, k, v, None, 1.0, softcap=0.5)
-    torch.testing.assert_close(out.transpose(1, 2), capped_attention(q, k, v, None, 1.0, 0.5))
+    out, _ = vlcache_attention(torch.nn.Module(), q, k, v, None, 1.0, **given)
+    softmax = Softmax(1.0, given.get("softcap", 0.0), given.get("s_aux"))
+    torch.testing.assert_close(out.transpose(1, 2), torch_attention(q, k, v, None, softmax))
