@@ -22,6 +22,7 @@ BY_SLOT = (  # flags that look up by slot, when a request ends, what each of its
     "enable_return_routed_experts",
     "enable_return_indexer_topk",
 )
+SINKS = ("sinks", "attention_sink_bias")  # what layers call them
 OTHER_DECODES = ("enable_nvidia_megakernel", "enable_amd_monokernel")  # attend by themselves
 
 
@@ -127,3 +128,5 @@ def _model_problems(runner: Any) -> Iterator[str]:
         ids = [layer.layer_id for layer in layers if is_so(layer)]
         if ids:
             yield f"{what} (layers {ids}) is not supported"
+    if any(getattr(m, x, None) is not None for m in runner.model.modules() for x in SINKS):
+        yield "attention with sinks is not supported"

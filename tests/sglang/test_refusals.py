@@ -14,6 +14,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 from tiny_checkpoints import save_qwen2_5_vl
 
 from vlcache_triton.integrations.sglang import support
+from vlcache_triton.integrations.sglang.backend import _refuse
 from vlcache_triton.integrations.sglang.hooks import Hooks
 from vlcache_triton.integrations.sglang.pool import OneTensorKVPool
 
@@ -116,6 +117,22 @@ def test_features_that_are_not_supported_are_named(change, sentence):
 def test_models_that_are_not_supported_are_named(change, sentence):
     with pytest.raises(NotImplementedError, match=sentence):
         check(runner(**change))
+
+
+@pytest.mark.parametrize("name", ["sinks", "attention_sink_bias"])
+def test_sinks_are_named(name):
+    """By the block round the layer, as GPT-OSS and MiMo-V2 have them."""
+    a_runner = runner()
+    a_runner.model[0].register_parameter(name, torch.nn.Parameter(torch.zeros(4)))
+    with pytest.raises(NotImplementedError, match="attention with sinks"):
+        check(a_runner)
+    a_runner.model[0].register_parameter(name, None)  # of a model whose layers have none
+    check(a_runner)
+
+
+def test_a_layer_that_hands_over_more_is_refused():
+    with pytest.raises(NotImplementedError, match="vlcache: got sinks, expected None"):
+        _refuse(dict(k_rope=None, sinks=torch.zeros(4)))
 
 
 def test_a_pool_that_is_sized_after_capture_is_refused_with_what_to_do():

@@ -109,7 +109,9 @@ def test_every_turn_equals_the_masked_full_cache(family, config, way):
     assert report.segments == 3 and report.lengths == [num_seen - len(STEPS)]
 
 
-@pytest.mark.parametrize("family", ["mistral3", "llama4", "gemma3", "lfm2_vl"], indirect=True)
+@pytest.mark.parametrize(
+    "family", ["mistral3", "llama4", "gemma3", "lfm2_vl", "internvl_gpt_oss"], indirect=True
+)
 def test_other_layers_pass_by(family):
     """Windows, chunks and states beside what is compressed."""
     assert_same(family, CHOICES["row, bound"], passes(family, LONG), "recorded")

@@ -8,6 +8,7 @@ import unusual_models
 from families import LONG, SHORT
 
 from vlcache_triton.integrations.transformers import vl_cache
+from vlcache_triton.integrations.transformers.attention import vlcache_attention
 from vlcache_triton.integrations.transformers.names import CACHE
 
 REFUSED = (NotImplementedError, ValueError)
@@ -153,3 +154,36 @@ def test_a_bias_of_the_text_model(cuda_graph):
     expected = family.model.generate(**inputs, **arguments)
     with vl_cache(family.model, budget=1.0):
         assert torch.equal(family.model.generate(**inputs, **arguments), expected)
+
+
+NEW_KEYWORDS = {
+    "position_bias": torch.zeros(1, 2, 5, 5),  # T5's
+    "indices": torch.zeros(1, 5, 2),  # of sparse attention
+    "sinks": torch.zeros(1, 2, 5, 1),  # of each token, as Inkling2's
+    "cu_seq_lens_q": torch.tensor([0, 2, 5]),  # of packed prompts
+    "is_causal": False,
+    "s_aux": torch.zeros(2, 5),
+}
+
+
+@pytest.mark.parametrize("name", NEW_KEYWORDS)
+def test_what_attention_would_ignore_is_refused_by_name(name):
+    q, k, v = torch.randn(3, 1, 2, 5, 8)
+    with pytest.raises(NotImplementedError, match=rf"\b{name}\b.*expected"):
+        vlcache_attention(torch.nn.Module(), q, k, v, None, **{name: NEW_KEYWORDS[name]})
+    vlcache_attention(torch.nn.Module(), q, k, v, None, **{name: None})
+
+
+def test_sinks_that_do_not_reach_attention_are_refused():
+    module = torch.nn.Module()
+    module.sinks = torch.nn.Parameter(torch.zeros(2))
+    q, k, v = torch.randn(3, 1, 2, 5, 8)
+    with pytest.raises(NotImplementedError, match=r"sinks in Module .*expected them as its s_aux"):
+        vlcache_attention(module, q, k, v, None)
+
+
+def test_a_keyword_of_the_user_reaches_attention(family):
+    inputs = family.inputs(LONG)
+    refused = pytest.raises(NotImplementedError, match="got 'seq_idx' in the attention of")
+    with vl_cache(family.model, budget=0.4), refused, torch.no_grad():
+        family.model(**inputs, seq_idx=torch.zeros(1, 3))
