@@ -28,7 +28,7 @@ def compare_some(budget, attention):
     return [v for v in compare_all(budget, attention) if v.name in some | oracles]
 
 
-@pytest.mark.parametrize("family", SUPPORTED, indirect=True)
+@pytest.mark.parametrize("family", [*SUPPORTED, "internvl_gpt_oss"], indirect=True)
 def test_variants_answer_as_generate_does(family):
     inputs = family.inputs(LONG)
     compare = compare_all if family.name in ("llava", "gemma3") else compare_some
