@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cache
 from itertools import product
@@ -17,7 +18,7 @@ from form_words import encode
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from vlcache_triton.apps.formreader import Page, Task, ask, draw_pages
+from vlcache_triton.apps.formreader import Page, Question, Task, ask, draw_pages
 from vlcache_triton.apps.formreader.pages import (
     CONSONANTS,
     GRID_SIZE,
@@ -42,7 +43,6 @@ MIN_ROWS = 8
 HEAD, TURN, END = "USER: ", "{} ASSISTANT: ", "USER: {} ASSISTANT: "
 IGNORED = -100
 FIRST_IMAGE_TOKEN = 2  # behind <s> and HEAD
-VISUAL_TOKENS = GRID_SIZE**2  # a page
 
 
 class Batch(NamedTuple):
@@ -68,6 +68,10 @@ class Forms(IterableDataset):
         seed: another seed is other pages; workers differ, too.
     """
 
+    page_weights = PAGE_WEIGHTS
+    augment = True  # see draw_batch
+    grid_size = GRID_SIZE  # cells a side of a page, of which each is a visual token
+
     def __init__(
         self, vocabulary: dict[str, int], batch_size: int, text_length: int, seed: int
     ) -> None:
@@ -80,14 +84,15 @@ class Forms(IterableDataset):
         worker = get_worker_info()
         rng = Random(f"train-{self.seed}-{worker.id if worker else 0}")
         while True:
-            (num_pages,) = rng.choices(list(PAGE_WEIGHTS), list(PAGE_WEIGHTS.values()))
+            (num_pages,) = rng.choices(list(self.page_weights), list(self.page_weights.values()))
             yield self.draw(rng, num_pages)
 
     def blank(self, num_pages: int) -> Batch:
         """A batch without content, of the shapes that `draw` gives, to compile with."""
         n = self.batch_size // num_pages
-        length = FIRST_IMAGE_TOKEN + num_pages * (VISUAL_TOKENS + self.text_length)
-        cells = torch.zeros(n, num_pages, GRID_SIZE, GRID_SIZE, WORD_LENGTH, dtype=torch.uint8)
+        grid = self.grid_size, self.grid_size
+        length = FIRST_IMAGE_TOKEN + num_pages * (math.prod(grid) + self.text_length)
+        cells = torch.zeros(n, num_pages, *grid, WORD_LENGTH, dtype=torch.uint8)
         ids = torch.zeros(n, length, dtype=torch.int64)
         return Batch(cells, ids, ids, torch.ones(n, length))
 
@@ -101,20 +106,15 @@ class Forms(IterableDataset):
     def _sample(self, rng: Random, num_pages: int) -> tuple[np.ndarray, ...]:
         """Cells `[pages, 24, 24, 4]`, rows for filler `[pages, 24]`, input_ids, labels, weights
         `[length]`."""
-        num_rows = GRID_SIZE if rng.random() < 0.5 else rng.randint(MIN_ROWS, GRID_SIZE)
-        first = rng.randint(0, GRID_SIZE - num_rows)
-        rows = range(first, first + num_rows)
-        high = max(rng.randint(1, MAX_FIELDS), rng.randint(1, MAX_FIELDS))  # few are easy
-        fields = max(1, high - 3), high
-        pages = list(draw_pages(rng, num_pages, fields=fields, clutter=0, rows=rows))
-        before = FIRST_IMAGE_TOKEN + num_pages * VISUAL_TOKENS
+        cells, free, questions = self.draw_document(rng, num_pages)
+        before = FIRST_IMAGE_TOKEN + num_pages * self.grid_size**2
         length = before + num_pages * self.text_length
         ids = np.full(length, self.vocabulary["<pad>"])
         ids[:before] = self.vocabulary["<image>"]
         ids[:FIRST_IMAGE_TOKEN] = self.vocabulary["<s>"], self.vocabulary[HEAD]
         labels, weights = np.full(length, IGNORED), np.zeros(length, np.float32)
         end, template = before, "\n" + TURN
-        for question in ask(rng, pages, draw_tasks(rng, sum(len(p.fields) for p in pages))):
+        for question in questions:
             asked = encode(self.vocabulary, template.format(question.text))
             answer = [*encode(self.vocabulary, question.answer), self.vocabulary["</s>"]]
             answer_start = end + len(asked)
@@ -126,11 +126,25 @@ class Forms(IterableDataset):
             # Between an equal say for each token and for each answer: lists are long and easy.
             weights[answer_start:answer_end] = len(answer) ** -0.5
             end, template = answer_end, END
+        return cells, free, ids, labels, weights
+
+    def draw_document(
+        self, rng: Random, num_pages: int
+    ) -> tuple[np.ndarray, np.ndarray, tuple[Question, ...]]:
+        """Cells `[pages, 24, 24, 4]` without filler, the rows that it may take `[pages, 24]`, and
+        what is asked, as much of it as the text has room for."""
+        num_rows = GRID_SIZE if rng.random() < 0.5 else rng.randint(MIN_ROWS, GRID_SIZE)
+        first = rng.randint(0, GRID_SIZE - num_rows)
+        rows = range(first, first + num_rows)
+        high = max(rng.randint(1, MAX_FIELDS), rng.randint(1, MAX_FIELDS))  # few are easy
+        fields = max(1, high - 3), high
+        pages = list(draw_pages(rng, num_pages, fields=fields, clutter=0, rows=rows))
+        questions = ask(rng, pages, draw_tasks(rng, sum(len(p.fields) for p in pages)))
         in_use = [np.isin(np.arange(GRID_SIZE), rows)] * num_pages
         for i, page in enumerate(pages):
             if rng.random() < COLUMNS_SHARE:
                 pages[i], in_use[i] = in_columns(rng, page)
-        return np.stack([page_codes(p) for p in pages]), np.stack(in_use), ids, labels, weights
+        return np.stack([page_codes(p) for p in pages]), np.stack(in_use), questions
 
 
 def draw_tasks(rng: Random, num_fields: int) -> list[Task]:
@@ -171,21 +185,21 @@ def fill(rng: np.random.Generator, cells: np.ndarray, rows: np.ndarray) -> None:
     Half the pages have them as `draw_pages` does, on some rows from an indent to an end, and half
     scattered evenly. cells: `[n, pages, 24, 24, 4]` uint8; rows: `[n, pages, 24]` bool, in use.
     """
-    pages = cells.reshape(-1, GRID_SIZE, GRID_SIZE, WORD_LENGTH)
-    n = len(pages)
+    pages = cells.reshape(-1, *cells.shape[2:])
+    n, grid_size = pages.shape[:2]
     keys = pages[..., -1] == ord(":") - FIRST_CHARACTER
     taken = keys.copy()
     for offset in range(1, SLOT_WIDTH):  # the value's two cells, and one that stays blank
         taken[..., offset:] |= keys[..., :-offset]
     share = rng.uniform(-0.1, 1.1, (n, 1, 1))  # all or nothing now and then
-    scattered = rng.random((n, GRID_SIZE, GRID_SIZE)) < share
-    columns = np.arange(GRID_SIZE)
-    indent = rng.integers(0, 7, (n, GRID_SIZE, 1))
-    end = indent - 1 + rng.geometric(0.12, (n, GRID_SIZE, 1))
-    lines = (rng.random((n, GRID_SIZE, 1)) < share) & (indent <= columns) & (columns < end)
-    lines &= rng.random((n, GRID_SIZE, GRID_SIZE)) < 0.8
+    scattered = rng.random((n, grid_size, grid_size)) < share
+    columns = np.arange(grid_size)
+    indent = rng.integers(0, 7, (n, grid_size, 1))
+    end = indent - 1 + rng.geometric(0.12, (n, grid_size, 1))
+    lines = (rng.random((n, grid_size, 1)) < share) & (indent <= columns) & (columns < end)
+    lines &= rng.random((n, grid_size, grid_size)) < 0.8
     words = np.where(rng.random((n, 1, 1)) < 0.5, scattered, lines)
-    words &= ~taken & rows.reshape(-1, GRID_SIZE, 1)
+    words &= ~taken & rows.reshape(-1, grid_size, 1)
     pages[words] = _filler()[rng.integers(len(_filler()), size=words.sum())]
 
 
@@ -350,5 +364,5 @@ def vary_ink(cells: Tensor, stamps: Stamps) -> Tensor:
 
 def _assemble(strips: Tensor) -> Tensor:
     """`[n, 1, 672, 672]` of cells in strips, `[n, 24, 24, strips, 28, width of a strip]`."""
-    size = GRID_SIZE * CELL_SIZE
+    size = strips.shape[1] * CELL_SIZE
     return strips.permute(0, 1, 4, 2, 3, 5).reshape(len(strips), 1, size, size)

@@ -19,6 +19,7 @@ import math
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,6 @@ from form_batches import (
     FIRST_IMAGE_TOKEN,
     IGNORED,
     NUM_CHARACTERS,
-    PAGE_WEIGHTS,
-    VISUAL_TOKENS,
     Batch,
     Forms,
     draw_batch,
@@ -112,9 +111,9 @@ class Trainer(nn.Module):
     def losses(self, batch: Batch, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """(answers, reading): mean cross-entropies."""
         visual = self.see(pixels)
-        prompts, pages = batch.cells.shape[:2]
-        hidden = self.write(visual.reshape(prompts, -1, visual.shape[-1]), batch.input_ids)
-        text = FIRST_IMAGE_TOKEN + pages * VISUAL_TOKENS
+        visual_of_prompt = visual.reshape(len(batch.cells), -1, visual.shape[-1])
+        hidden = self.write(visual_of_prompt, batch.input_ids)
+        text = FIRST_IMAGE_TOKEN + visual_of_prompt.shape[1]
         logits = self.model.lm_head(hidden[:, text - 1 : -1]).float().flatten(0, 1)
         target, weight = batch.labels[:, text:].flatten(), batch.weights[:, text:].flatten()
         per_token = F.cross_entropy(logits, target, ignore_index=IGNORED, reduction="none")
@@ -136,7 +135,7 @@ class Painter:
 
     def __call__(self, cells: Tensor, *, augment: bool = True) -> Tensor:
         """`[..., 24, 24, 4]` to `[n, 3, 672, 672]`."""
-        cells = cells.reshape(-1, GRID_SIZE, GRID_SIZE, WORD_LENGTH).to(self.mean.device)
+        cells = cells.reshape(-1, *cells.shape[-3:]).to(self.mean.device)
         return draw_batch(cells, self.stamps, self.mean, self.std, augment=augment)
 
 
@@ -185,15 +184,20 @@ def train(
     eval_every: float,
     eval_pages: int,
     seed: int,
+    pages: type[Forms] = Forms,
+    suites: Sequence[Suite] = SUITES,
 ) -> list[dict[str, Any]]:
-    """Train for a time, or a number of steps; save, and return the log's entries."""
+    """Train for a time, or a number of steps; save, and return the log's entries.
+
+    pages, suites: what it trains on, and what it is asked to see how far it is.
+    """
     start = time.perf_counter()
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     on_gpu = device == "cuda"
     torch.set_float32_matmul_precision("high")
     model, processor = initial(init, "cpu")
-    forms = Forms(processor.tokenizer.get_vocab(), batch_size, text_length, seed)
+    forms = pages(processor.tokenizer.get_vocab(), batch_size, text_length, seed)
     # The workers start first: they draw while the rest loads and compiles.
     loader = DataLoader(
         forms,
@@ -228,7 +232,7 @@ def train(
 
     def backward(batch: Batch) -> tuple[Tensor, Tensor]:
         batch = Batch(*(x.to(device, non_blocking=True) for x in batch))
-        pixels = painter(batch.cells)
+        pixels = painter(batch.cells, augment=forms.augment)
         with torch.autocast(device, torch.bfloat16, enabled=on_gpu):
             answers, reading = trainer.losses(batch, pixels)
         (answers + reading).backward()
@@ -248,9 +252,9 @@ def train(
             step = 0
             if on_gpu:
                 trainer.compile()
-                for pages in PAGE_WEIGHTS:  # all shapes, before the schedule starts
-                    backward(forms.blank(pages))
-                    log(compiled=pages)
+                for num_pages in forms.page_weights:  # all shapes, before the schedule starts
+                    backward(forms.blank(num_pages))
+                    log(compiled=num_pages)
                 optimizer.zero_grad(set_to_none=True)
             trained = waited = 0.0
             norm = torch.zeros(())
@@ -290,12 +294,12 @@ def train(
                     save(model, processor, out / "model")
                     saved = now()
                 if now() - evaluated >= eval_every:
-                    log(exact=exact_match(model, processor, painter, eval_pages))
+                    log(exact=exact_match(model, processor, painter, eval_pages, suites))
                     evaluated = now()
             save(model, processor, out / "model")
             log(saved=True)
             if not stopped:
-                log(exact=exact_match(model, processor, painter, eval_pages), final=True)
+                log(exact=exact_match(model, processor, painter, eval_pages, suites), final=True)
             if on_gpu:
                 log(peak_memory_gib=round(torch.cuda.max_memory_allocated() / 2**30, 1))
     finally:
@@ -310,15 +314,21 @@ def _leave_signals_to_the_trainer(_: int) -> None:
 
 
 @torch.no_grad()
-def exact_match(model: Any, processor: Any, painter: Painter, num_items: int) -> dict[str, float]:
+def exact_match(
+    model: Any,
+    processor: Any,
+    painter: Painter,
+    num_items: int,
+    suites: Sequence[Suite] = SUITES,
+) -> dict[str, float]:
     """The share of answers that are exact, of `num_items` fixed dialogues a suite.
 
-    The suites are those of `vlcache eval`, on pages of their own, drawn as `render` does.
+    By default the suites of `vlcache eval`, on pages of their own, drawn as `render` does.
     """
     was_training = model.training
     model.eval()
     try:
-        return {s.name: _exact_match(model, processor, painter, num_items, s) for s in SUITES}
+        return {s.name: _exact_match(model, processor, painter, num_items, s) for s in suites}
     finally:
         model.train(was_training)
 
@@ -357,9 +367,9 @@ def _text(processor: Any, dialogue: Any) -> str:
     return processor.apply_chat_template(messages, add_generation_prompt=True)
 
 
-def encode_texts(processor: Any, texts: list[str]) -> Any:
+def encode_texts(processor: Any, texts: list[str], visual_tokens: int = GRID_SIZE**2) -> Any:
     """What `encode_chats` makes of the chats' texts, without their images."""
-    texts = [text.replace("<image>", "<image>" * VISUAL_TOKENS) for text in texts]
+    texts = [text.replace("<image>", "<image>" * visual_tokens) for text in texts]
     return processor.tokenizer(texts, padding=True, return_tensors="pt")
 
 

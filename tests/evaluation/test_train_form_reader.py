@@ -43,6 +43,7 @@ SETTINGS = {
     "eval_every": 600.0,
     "eval_pages": 1,
     "seed": 0,
+    "suites": (),
 }
 
 
@@ -68,11 +69,6 @@ def settings(form_reader, tmp_path_factory):
 @pytest.fixture(scope="module")
 def forms(start):
     return form_batches.Forms(start[1].tokenizer.get_vocab(), 6, 192, seed=0)
-
-
-@pytest.fixture
-def no_suites(monkeypatch):
-    monkeypatch.setattr(train_form_reader, "SUITES", ())
 
 
 def test_frequent_words_are_tokens_and_texts_come_back(start, form_reader):
@@ -232,8 +228,8 @@ def test_the_trained_forward_is_the_models(start):
         torch.testing.assert_close(model.lm_head(hidden), expected, atol=1e-3, rtol=1e-3)
 
 
-def test_a_few_steps_on_the_cpu(tmp_path, settings, form_reader, monkeypatch):
-    monkeypatch.setattr(train_form_reader, "SUITES", train_form_reader.SUITES[2:3])
+def test_a_few_steps_on_the_cpu(tmp_path, settings, form_reader):
+    settings = {**settings, "suites": train_form_reader.SUITES[2:3]}
     entries = train_form_reader.train(tmp_path, **settings)
     steps, last = entries[:2], entries[2:]
     assert [entry["step"] for entry in entries] == [1, 2, 2, 2]
@@ -256,7 +252,7 @@ def test_a_few_steps_on_the_cpu(tmp_path, settings, form_reader, monkeypatch):
     assert any("vision" in n for n in changed) and any("lm_head" in n for n in changed)
 
 
-def test_a_signal_saves_and_ends(tmp_path, settings, no_suites, monkeypatch):
+def test_a_signal_saves_and_ends(tmp_path, settings, monkeypatch):
     draw = form_batches.Forms.draw
 
     def signalled(self, rng, num_pages):
@@ -271,9 +267,7 @@ def test_a_signal_saves_and_ends(tmp_path, settings, no_suites, monkeypatch):
     load_form_reader(tmp_path / "model")
 
 
-def test_checkpoints_are_models_and_training_goes_on_from_them(
-    tmp_path, settings, no_suites, monkeypatch
-):
+def test_checkpoints_are_models_and_training_goes_on_from_them(tmp_path, settings, monkeypatch):
     saved = []
     save = train_form_reader.save
 
