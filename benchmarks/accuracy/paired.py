@@ -39,6 +39,8 @@ PAIRS = {
     "a row - none, SnapKV tuned": ("snapkv, tuned, a row", "snapkv, tuned"),
     "a row - none, tuned": ("tuned", "tuned, no row"),
     "a row - none, random": ("random, a row", "random"),
+    "a profile - none, VL-Cache": ("vl_cache, calibrated", "vl_cache"),
+    "a profile - none, tuned": ("tuned, calibrated", "tuned"),
     "tuned - VL-Cache": ("tuned", "vl_cache"),
     "tuned - VL-Cache, both with a row": ("tuned", "vl_cache, a row"),
     "tuned - SnapKV tuned": ("tuned", "snapkv, tuned"),

@@ -35,6 +35,21 @@ def test_forms_are_evaluated_and_a_second_run_goes_on(tmp_path, capsys):
     assert "holds results of" in capsys.readouterr().err
 
 
+def test_some_variants_on_other_pages(tmp_path, capsys):
+    command = ["eval", "--suite", "count", "--budget", "0.2", "--pages", "1", "--split", "other"]
+    command += ["--variant", "tuned", "--variant", "attention oracle"]
+    assert run([*command, "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "results.jsonl").read_text())
+    assert {row["variant"] for row in result["rows"]} == {"full", "tuned", "attention oracle"}
+    other = form_item(next(s for s in SUITES if s.name == "count"), 0, "other")
+    assert result["answers"] == list(other.answers)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert settings["split"] == "other"
+    assert settings["variants"] == ["attention oracle", "tuned"]
+    assert run([*command[:-2], "--out", str(tmp_path)]) == 2  # fewer variants are other results
+    assert "holds results of" in capsys.readouterr().err
+
+
 def own_page(folder):
     """A folder with one question."""
     item = form_item(next(s for s in SUITES if s.name == "value"), 0)
@@ -104,7 +119,9 @@ def test_results_whose_settings_cannot_be_read(tmp_path, capsys, spoilt):
         (["--budget", "0"], "budget: got [0.0]"),
         (["--budget", "1.5"], "budget: got [1.5]"),
         (["--model", "some/model"], "data: got none"),
-        (["--data", "x", "--quick"], "suite, quick: got one with --data"),
+        (["--data", "x", "--quick"], "suite, split, quick: got one with --data"),
+        (["--data", "x", "--split", "other"], "suite, split, quick: got one with --data"),
+        (["--variant", "nonsense"], "variant: got 'nonsense', expected one of ['vl_cache'"),
         (["--pages", "0"], "pages"),
         (["--data", "nofile"], "data: cannot read 'nofile': No such file"),
     ],

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from vlcache_triton.apps.evaluation import compare_all
+from vlcache_triton.apps.evaluation.variants import with_profile
+from vlcache_triton.recipe.profile import read_profile
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "accuracy"
 
@@ -69,6 +71,8 @@ def test_the_table_names_every_pair(paired):
 def test_the_pairs_are_of_what_eval_compares(paired):
     """With the row and without, both readings of the paper, tuned peers: by the names they have."""
     compared = {v.name for v in compare_all(0.1, torch.ones(1, 1, 1))}
+    profile = read_profile(FOLDER.parent / "results" / "accuracy" / "calibration_tuned.json")
+    compared |= {v.name for v in with_profile(profile, 0.1)}
     assert {x for pair in paired.PAIRS.values() for x in pair} <= compared
     assert [name for name in paired.PAIRS if "a row" in name]
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # The names of vlcache_triton.apps.evaluation.SUITES, which take torch to import.
 SUITE_NAMES = ("value", "field", "count", "next", "list", "value, 2 images", "value, 3 turns")
+SPLIT = "test"
 QUICK_PAGES = 6
 QUICK_SUITES = ["value", "next", "value, 3 turns"]
 QUICK_BUDGETS = [0.05, 0.1, 0.2, 0.4]
@@ -57,6 +58,17 @@ ProfileOption = Annotated[
         metavar="FILE", help="Of calibrate: compares with it and without, in place of rivals."
     ),
 ]
+SplitOption = Annotated[
+    str, typer.Option(metavar="NAME", help="Which synthetic forms: another name, others.")
+]
+VariantsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="Compare this one, as reports name it; again for more.",
+        show_default="all",
+    ),
+]
 QuickOption = Annotated[bool, typer.Option("--quick", help="A few minutes on two CPU cores.")]
 OutOption = Annotated[Path, typer.Option(metavar="FOLDER", help="For results; goes on from them.")]
 
@@ -69,6 +81,8 @@ def evaluate(
     budget: BudgetsOption = None,
     max_new_tokens: LongestOption = 32,
     profile: ProfileOption = None,
+    split: SplitOption = SPLIT,
+    variant: VariantsOption = None,
     quick: QuickOption = False,
     out: OutOption = Path("vlcache-eval"),
     device: DeviceOption = None,
@@ -81,7 +95,7 @@ def evaluate(
     questions.jsonl is {"image": "a.png", "question": "...", "answers": ["..."]}. Each prompt is
     read once for all policies and budgets. Finished items are kept, so a run can be cut off.
     """
-    suites = _checked(model, data, suite, budget, quick)
+    suites = _checked(model, data, suite, budget, quick, split)
     from vlcache_triton.apps.evaluation import BUDGETS, compare_all, run, summarise
 
     from .questions import evaluations, own_items, questions_of
@@ -89,17 +103,23 @@ def evaluate(
 
     budgets = sorted(set(budget or (QUICK_BUDGETS if quick else BUDGETS)))
     pages = min(pages, QUICK_PAGES) if quick else pages
-    settings = {"model": model, "data": data and str(data), "budgets": budgets}
+    settings: dict[str, Any] = {"model": model, "data": data and str(data), "budgets": budgets}
     if dtype is not Dtype.auto:
         settings["dtype"] = dtype.value
     compare: Comparison = compare_all
     if profile is not None:
         settings["profile"] = str(profile)
         compare = _with_and_without(profile)
+    if split != SPLIT:
+        settings["split"] = split
+    if variant:
+        settings["variants"] = sorted(set(variant))
+        compare = _alone(compare, variant)
     items = [] if data is None else own_items(data, max_new_tokens)
     check_folder(out, settings, RESULTS)
     vlm = VisionLanguageModel(model, device=device, dtype=dtype.value)
-    jobs = evaluations(vlm, questions_of(vlm, items, suites, pages), budgets, compare)
+    questions = questions_of(vlm, items, suites, pages, split)
+    jobs = evaluations(vlm, questions, budgets, compare)
     make_folder(out, settings)
     with progress("evaluating", len(jobs)) as advance, refusals():
         results = run(jobs, out / RESULTS, advance)
@@ -117,12 +137,13 @@ def _checked(
     suite: Sequence[str] | None,
     budget: Sequence[float] | None,
     quick: bool,
+    split: str,
 ) -> Sequence[str]:
     """The suites that the options choose, seen to fit together before anything slow is done."""
     if data is None and model is not None:
         raise UserError("data: got none, expected questions for a model of your own (--data)")
-    if data is not None and (suite or quick):
-        raise UserError("suite, quick: got one with --data, expected it without")
+    if data is not None and (suite or quick or split != SPLIT):
+        raise UserError("suite, split, quick: got one with --data, expected it without")
     suites = checked_names("suite", suite or (QUICK_SUITES if quick else None), SUITE_NAMES)
     if budget and not all(0 < b <= 1 for b in budget):
         raise UserError(f"budget: got {budget}, expected shares in (0, 1]")
@@ -139,6 +160,15 @@ def _with_and_without(path: Path) -> Comparison:
             return functools.partial(with_profile, read_profile(path))
     except ValueError as error:
         raise UserError(one_line(str(error))) from error
+
+
+def _alone(compare: Comparison, chosen: Sequence[str]) -> Comparison:
+    """Of a comparison, what is chosen by name."""
+    import torch
+
+    known = [v.name for v in compare(0.1, torch.empty(0))]
+    checked_names("variant", chosen, known)
+    return lambda budget, attention: [v for v in compare(budget, attention) if v.name in chosen]
 
 
 def _write(out: Path, cells: Sequence[Cell], about: dict[str, str]) -> dict[str, Any]:
