@@ -19,6 +19,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from itertools import cycle
 from pathlib import Path
 from random import Random
@@ -286,7 +287,7 @@ def miniature(out: Path, sizes: tuple[Size, Size], num_pages: int, seed: int) ->
             "seed": seed,
         },
         "shares": shares,
-        "cells": [cell.to_dict() for cell in summarise(results) if cell.suite in shares],
+        "cells": [asdict(cell) for cell in summarise(results) if cell.suite in shares],
     }
     (out / "miniature.json").write_text(json.dumps(counts, indent=1) + "\n")
     (out / "miniature.md").write_text(page(counts))

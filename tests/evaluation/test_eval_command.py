@@ -121,7 +121,7 @@ def test_results_whose_settings_cannot_be_read(tmp_path, capsys, spoilt):
         (["--model", "some/model"], "data: got none"),
         (["--data", "x", "--quick"], "suite, split, quick: got one with --data"),
         (["--data", "x", "--split", "other"], "suite, split, quick: got one with --data"),
-        (["--variant", "nonsense"], "variant: got 'nonsense', expected one of ['vl_cache'"),
+        (["--variant", "nonsense"], "variant: got 'nonsense', expected one of ('vl_cache'"),
         (["--pages", "0"], "pages"),
         (["--data", "nofile"], "data: cannot read 'nofile': No such file"),
     ],
