@@ -109,6 +109,10 @@ def _check_supported(config: VLCacheConfig) -> None:
         raise NotImplementedError(
             f"{PREFIX}CLIPPING: got {config.clipping!r}, expected 'exact' in SGLang"
         )
+    if config.is_fp8:
+        raise NotImplementedError(
+            f"{PREFIX}KV_CACHE_DTYPE: got {config.kv_cache_dtype!r}, expected 'auto' in SGLang"
+        )
     group = "mean" if config.row_reduction == "sum" else "max"
     if config.group_reduction != group:
         raise NotImplementedError(

@@ -134,6 +134,7 @@ class Contents:
                 self.layers,
                 compressor.bytes_seen,
                 packed.ragged.nbytes,
+                packed.ragged.row_nbytes,
             )
         self.state = packed
 
@@ -180,7 +181,9 @@ class Contents:
                 packed.ragged.seqused_k.long().cpu(),
                 None if num_evicted is None else num_evicted.long().cpu(),
             )
-            self.state = packed.evict(eviction, self.head_room, self.allocator)
+            self.state = packed.evict(
+                eviction, self.head_room, self.allocator, is_fp8=self.config.is_fp8
+            )
         self.plan = eviction.plan or self.plan
         self.report = self._report_turn(self.state, eviction.plan)
         return self.state
@@ -213,16 +216,16 @@ class Contents:
         ragged, before = packed.ragged, self.report
         num_seqs, segments = ragged.num_seqs, 0 if before is None else before.segments
         rows = ragged.seqused_k.long().cpu().view(len(self.layers), num_seqs, -1)
-        widths = ragged.k.shape[-1] + ragged.v.shape[-1]
-        row_bytes = widths * ragged.k.element_size() * ragged.num_kv_heads
+        num_before = len(self.layers) * num_seqs * packed.num_seen * ragged.num_kv_heads
+        dense_row_nbytes = ragged.row_nbytes // ragged.k.element_size() * ragged.dtype.itemsize
         return CompressionReport(
             budget=self.config.budget,
             layers=self.layers,
             sparsity=sparsity_of(plan) if plan is not None else before.sparsity if before else [],
             kept=(rows.sum(-1) // ragged.num_kv_heads).tolist(),
             lengths=[packed.num_seen - pads for pads in packed.num_pads],
-            bytes_before=len(self.layers) * num_seqs * packed.num_seen * row_bytes,
-            bytes_after=int(rows.sum()) * row_bytes // ragged.num_kv_heads,
+            bytes_before=num_before * dense_row_nbytes,
+            bytes_after=int(rows.sum()) * ragged.row_nbytes,
             bytes_allocated=ragged.nbytes,
             segments=segments + (plan is not None),
         )

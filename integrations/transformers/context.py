@@ -22,6 +22,7 @@ from .passes import check_cache, pass_announcer, pass_closer
 from .session import Session
 from .support import (
     check_choices,
+    check_fp8,
     check_generate,
     check_kind,
     check_made_for,
@@ -76,7 +77,7 @@ def vl_cache(
     warn_of_version()
     check_model(model)
     check_made_for(policy, model.config)
-    get_backend(backend, model.device)
+    check_fp8(policy.configure(config), get_backend(backend, model.device), model.device)
     if backend == "triton" and model.device.type != "cuda" and model.dtype == torch.bfloat16:
         raise NotImplementedError(
             "model: got bfloat16 in Triton's interpreter, which multiplies its bit patterns"

@@ -7,12 +7,15 @@ import functools
 import warnings
 from typing import Any
 
+import torch
 from packaging.specifiers import SpecifierSet
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, __version__
 from transformers.generation.configuration_utils import GenerationMode
 
 from vlcache_triton import VLCacheConfig
+from vlcache_triton.kernels.checks import FP8_CAPABILITY
+from vlcache_triton.ops import Backend
 from vlcache_triton.recipe.policies import VL_CACHE, Policy
 from vlcache_triton.recipe.prompt import left_pads
 
@@ -148,6 +151,23 @@ def check_choices(config: Any, policy: Any, streaming: bool) -> None:
     if streaming and policy is not VL_CACHE:
         raise NotImplementedError(
             f"streaming: got True with the policy {policy.name!r}, expected it with VL-Cache's"
+        )
+
+
+def check_fp8(config: VLCacheConfig, backend: Backend, device: torch.device) -> None:
+    """Refuse fp8 where the kernels cannot convert it, or do it wrongly."""
+    if not config.is_fp8 or backend.name != "triton":
+        return
+    if device.type != "cuda":
+        raise NotImplementedError(
+            f"kv_cache_dtype: got {config.kv_cache_dtype!r} in Triton's interpreter, which rounds"
+            " it wrongly, expected backend='reference' on the CPU"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FP8_CAPABILITY:
+        raise NotImplementedError(
+            f"kv_cache_dtype: got {config.kv_cache_dtype!r} on a GPU of compute capability"
+            f" {capability}, expected {FP8_CAPABILITY} at least"
         )
 
 

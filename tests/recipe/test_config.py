@@ -24,6 +24,7 @@ WRONG = {
     "smoothing": (0, 2, 3.0, "3", None, True),
     "remainder": ("sum", None, True, 1, ("mean",)),
     "max_cache_tokens": (0, 1, -3, 2.0, "16", False),
+    "kv_cache_dtype": ("fp8", "fp8_e5m2", None, True, 8, ["auto"]),
     "max_query_rows": (0, -3, 2.0, "16", False),
     "text_window": (0, 1.5, "16", True),
 }

@@ -401,6 +401,7 @@ class Owner:
         dict(device=torch.device("meta")),
         dict(backend=OTHER_BACKEND),
         dict(has_remainder=True),
+        dict(is_fp8=True),
     ],
     ids=lambda change: "-".join(change),
 )

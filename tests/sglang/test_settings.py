@@ -96,3 +96,9 @@ def test_the_logged_line_says_what_is_on():
 def test_budgets_that_do_not_add_up_are_refused():
     with pytest.raises(NotImplementedError, match=r"^VLCACHE_CLIPPING: got 'paper'.*in SGLang"):
         read_settings({"VLCACHE_CLIPPING": "paper"})
+
+
+def test_fp8_is_refused():
+    message = r"^VLCACHE_KV_CACHE_DTYPE: got 'fp8_e4m3', expected 'auto' in SGLang"
+    with pytest.raises(NotImplementedError, match=message):
+        read_settings({"VLCACHE_KV_CACHE_DTYPE": "fp8_e4m3"})

@@ -31,16 +31,19 @@ class Kept(list):
 
     rows: for each layer alike, where a mean stands for what is evicted, [num_seqs, num_kv_heads].
     real: bool [num_seqs, prompt], False on pads.
+    rounded: what each layer holds in fp8, once a pass has looked at it; None where nothing is.
     """
 
     def __init__(self, num_layers: int, real: Tensor) -> None:
         super().__init__([None] * num_layers)
         self.rows: list[Tensor | None] = [None] * num_layers
         self.real = real
+        self.rounded: dict[int, Rounded] | None = None
 
     def repeated(self, copies: int) -> Kept:
         """Of as many copies of each sequence."""
         result = Kept(len(self), self.real.repeat_interleave(copies, 0))
+        result.rounded = None if self.rounded is None else {}
         for layer, (kept, rows) in enumerate(zip(self, self.rows, strict=True)):
             if kept is not None:
                 result[layer] = kept.repeat_interleave(copies, 0)
@@ -65,6 +68,7 @@ def kept_tokens(family: Family, inputs: dict[str, Tensor], config: VLCacheConfig
     attending = [i for i in attending if layer_types[i] != "linear_attention"]
     maps = dict(zip(attending, maps, strict=True))
     kept = Kept(len(layer_types), inputs["attention_mask"] == 1)
+    kept.rounded = {} if config.is_fp8 else None
     for i in full:
         text = family.text_config
         num_kv_heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
@@ -198,14 +202,20 @@ def _masked_attention(
     """Eager attention; past the prefill, evicted prompt tokens are masked for each KV head."""
     cap = kwargs.get("softcap")
     group = query.shape[1] // key.shape[1]
+    kept = _kept[module.layer_idx]
+    is_behind = kept is not None and key.shape[2] > kept.shape[2]
+    if is_behind:
+        evicted = ~kept & _kept.real[:, None] & _kept.rows[module.layer_idx][..., None]
+        mean_k, mean_v, bias = means(evicted, key, value)
+        if _kept.rounded is not None:
+            rounded = _kept.rounded.setdefault(module.layer_idx, Rounded())
+            key, mean_k = rounded.of("k", key, mean_k, kept, evicted)
+            value, mean_v = rounded.of("v", value, mean_v, kept, evicted)
     logits = _capped(query @ key.repeat_interleave(group, 1).transpose(2, 3) * scaling, cap)
     logits = logits + attention_mask[..., : key.shape[2]]
-    kept = _kept[module.layer_idx]
-    if kept is not None and key.shape[2] > kept.shape[2]:
+    if is_behind:
         prompt = kept.repeat_interleave(group, 1)[:, :, None]  # [num_seqs, num_heads, 1, prompt]
         logits[..., : kept.shape[2]].masked_fill_(~prompt, -math.inf)
-        evicted = ~kept & _kept.real[:, None]
-        mean_k, mean_v, bias = means(evicted & _kept.rows[module.layer_idx][..., None], key, value)
         row = _capped(query @ mean_k.repeat_interleave(group, 1).transpose(2, 3) * scaling, cap)
         row = row + bias.repeat_interleave(group, 1)
         logits = torch.cat([row, logits], -1)
@@ -227,6 +237,43 @@ def _weights(logits: Tensor, sinks: Tensor | None) -> Tensor:
         return logits.softmax(-1)
     more = sinks[None, :, None, None].expand(*logits.shape[:3], 1)
     return torch.cat([logits, more], -1).softmax(-1)[..., :-1]
+
+
+class Rounded:
+    """A layer whose K and V are stored in e4m3.
+
+    The scale of a head is found from what is kept when something is evicted first: it fits into
+    half of what e4m3 can hold. What is evicted later has been rounded before, as has the mean that
+    it joins.
+    """
+
+    def __init__(self) -> None:
+        self.descale: dict[str, Tensor] = {}
+        self.means: dict[str, tuple[Tensor, Tensor]] = {}  # and what they stand for
+
+    def of(
+        self, name: str, x: Tensor, mean: Tensor, kept: Tensor, evicted: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x `[num_seqs, num_kv_heads, n, d]`, and the mean of what is evicted, as they are read."""
+        columns = kept.shape[2]
+        if name not in self.descale:
+            largest = x[:, :, :columns].abs().amax(-1).masked_fill(~kept, 0).amax(-1)
+            self.descale[name] = torch.where(largest > 0, largest / 224, 1)[..., None, None]
+            self.means[name] = self._stored(name, mean), evicted
+        x = self._stored(name, x)
+        mean, before = self.means[name]
+        more = evicted.clone()
+        more[..., : before.shape[2]] &= ~before
+        if more.any():
+            total = mean * before.sum(-1)[..., None, None]
+            total = total + (x[:, :, :columns] * more[..., None]).sum(2, keepdim=True)
+            mean = self._stored(name, total / evicted.sum(-1).clamp(min=1)[..., None, None])
+            self.means[name] = mean, evicted
+        return x, mean
+
+    def _stored(self, name: str, x: Tensor) -> Tensor:
+        codes = (x / self.descale[name]).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return codes.to(x.dtype) * self.descale[name]
 
 
 def means(evicted: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -295,6 +342,8 @@ class Dialogue:
         visual = self._is_visual(inputs) & real
         if visual.any() and not self.config.is_lossless:
             self._evict(num_seen if self.has_evicted else 0, num_seen, visual)
+            if self.config.is_fp8 and not self.has_evicted:
+                self.kept.rounded = {}
             self.has_evicted = True
         elif self.has_evicted and self.config.max_cache_tokens and ids.shape[1] > 1:
             for seq in range(len(ids)):

@@ -146,9 +146,13 @@ def append_kv(
     seqused_k: Tensor,
     *,
     block_table: None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
 ) -> None:
     """reference.append_kv without a mask (its indices), where every row has room."""
     position = torch.arange(k.shape[1]) + (cu_seqlens_k[:-1] + seqused_k)[:, None]
-    k_cache[position.long()] = k
-    v_cache[position.long()] = v
+    for new, cache, descale in ((k, k_cache, k_descale), (v, v_cache, v_descale)):
+        if descale is not None:
+            new = (new / descale[:, None, :, None]).clamp(-448, 448).to(cache.dtype)
+        cache[position.long()] = new
     seqused_k += k.shape[1]

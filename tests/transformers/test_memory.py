@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 
 import pytest
@@ -82,6 +83,31 @@ def test_a_compressed_cache_holds_its_share_and_no_more(wide, budget, num_seqs):
         grown = storage_bytes(all_tensors()) - before
     assert budget * full * 0.99 <= held <= budget * full * 1.03 + reserve
     assert budget * full * 0.99 <= grown <= budget * full * 1.03 + reserve
+
+
+@pytest.mark.parametrize("num_seqs", [1, 3])
+def test_fp8_holds_half_of_it(wide, num_seqs):
+    """Beside a model in bf16; with a scale for each head, and nothing in place of what is saved."""
+    model, inputs = copy.deepcopy(wide.model).bfloat16(), wide.inputs(*[PROMPT] * num_seqs)
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+
+    def held_and_grown(dtype):
+        choices = dict(budget=0.4, kv_cache_dtype=dtype)
+        with vl_cache(model, **choices) as session:
+            prefill(session, inputs, model)  # what is made once stays out of the count
+        del session
+        before = storage_bytes(all_tensors())
+        with vl_cache(model, **choices) as session:
+            cache = prefill(session, inputs, model)
+            held = storage_bytes(tensors_of(cache))
+            assert cache.ragged.nbytes == cache.ragged.k.nbytes + cache.ragged.v.nbytes
+            return held, storage_bytes(all_tensors()) - before, cache.ragged.nbytes
+
+    (held, grown, pools), (dense_held, dense_grown, dense_pools) = map(
+        held_and_grown, ("fp8_e4m3", "auto")
+    )
+    assert 2 * pools == dense_pools
+    assert held < 0.53 * dense_held and grown < 0.53 * dense_grown
 
 
 def test_a_full_cache_holds_all(wide):

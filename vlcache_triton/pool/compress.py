@@ -74,15 +74,18 @@ class PromptCompressor:
             num_kv_heads = self._rows[0][0].shape[1]
             plan = whole_plan(self.prompt, self.num_layers, num_kv_heads, device)
         self._stats = []
-        shape = shape_of(plan, head_room, *self._rows[0], self.config.remainder != "none")
+        has_remainder, is_fp8 = self.config.remainder != "none", self.config.is_fp8
+        shape = shape_of(
+            *(plan, head_room, *self._rows[0], has_remainder), is_fp8 and self.compresses
+        )
         ragged = allocate(shape, self.backend)
         ragged.lay_out(plan, head_room)
-        for layer, rows in enumerate(self._rows):
-            store_means(plan, ragged, layer, *rows)
         k, v = zip(*self._rows, strict=True)
         self._rows = []
         starts, max_kept = self.prompt.starts(device), int(plan.head_keep.max())
         ragged.compact_layers(k, v, starts, plan.indices, plan.cu_kept, max_kept)
+        for layer, rows in enumerate(zip(k, v, strict=True)):
+            store_means(plan, ragged, layer, *rows)
         return plan, ragged
 
     def _count(self, k: Tensor, v: Tensor) -> None:
@@ -97,7 +100,12 @@ class PromptCompressor:
 
 
 def shape_of(
-    plan: CompressionPlan, head_room: int, k_like: Tensor, v_like: Tensor, has_remainder: bool
+    plan: CompressionPlan,
+    head_room: int,
+    k_like: Tensor,
+    v_like: Tensor,
+    has_remainder: bool,
+    is_fp8: bool = False,
 ) -> PoolShape:
     """Of a ragged cache that holds what is kept, with `head_room` free rows a segment."""
     num_layers, num_seqs, num_kv_heads = plan.head_keep.shape
@@ -109,6 +117,7 @@ def shape_of(
         capacity=int(plan.head_keep.sum()) + plan.head_keep.numel() * head_room,
         max_seqlen_k=int(plan.head_keep.max()) + head_room,
         has_remainder=has_remainder,
+        is_fp8=is_fp8,
     )
 
 
@@ -116,10 +125,10 @@ def move_layer(
     plan: CompressionPlan, ragged: RaggedCache, layer: int, k: Tensor, v: Tensor
 ) -> None:
     """What a layer keeps of dense k and v `[rows, num_kv_heads, d]`, into its segments."""
-    store_means(plan, ragged, layer, k, v)
     starts, cu_kept = plan.prompt.starts(k.device), plan.layer_cu_kept(layer)
     max_kept = int(plan.head_keep[layer].max())
     ragged.compact_layer(layer, k, v, starts, plan.indices, cu_kept, max_kept)
+    store_means(plan, ragged, layer, k, v)
 
 
 def store_means(

@@ -136,11 +136,17 @@ class PackedCache:
         return self._moved(self.ragged.copy, allocator)
 
     def evict(
-        self, eviction: Eviction, room: int, allocator: PoolAllocator | None = None
+        self,
+        eviction: Eviction,
+        room: int,
+        allocator: PoolAllocator | None = None,
+        *,
+        is_fp8: bool = False,
     ) -> PackedCache:
         """What stays, with `room` free rows a segment; between passes. This cache is of no use any
         more, and its memory, which had grown by the pass, is not lent again."""
-        other = self._moved(functools.partial(self.ragged.evict, eviction, room), allocator)
+        evict = functools.partial(self.ragged.evict, eviction, room, is_fp8=is_fp8)
+        other = self._moved(evict, allocator)
         if allocator is not None:
             allocator.forget(self)
         return other

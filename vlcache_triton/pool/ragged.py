@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.checks import FP8
 from ..kernels.types import MAX_SEQLEN_Q
 from ..ops import Backend, get_backend
 from ..recipe.plan import CompressionPlan
@@ -37,12 +38,17 @@ class RaggedCache:
     num_evicted: `[num_layers, num_segments]` int32, n where a segment's first row is the mean of n
         evicted ones, else 0; None in a cache that has no such rows.
     first_key_bias: `[num_layers, num_segments]` fp32, log(n) there, else 0; None likewise.
+    dtype: of the rows that come in, and of what they are attended to with.
+    k_descale, v_descale: `[num_layers, num_segments, 1]` fp32 where the pools are fp8 (e4m3): what
+        is stored times it is the row. Found from what is kept, when it moves in, and the scale of
+        all rows that follow; None elsewhere.
 
     A layer's segments are ordered by sequence, then KV head. Memory: (kept + head room) rows.
     """
 
     def __init__(self, shape: PoolShape, backend: Backend) -> None:
-        kind: Any = {"dtype": shape.dtype, "device": shape.device}
+        self.dtype = shape.dtype
+        kind: Any = {"dtype": FP8 if shape.is_fp8 else shape.dtype, "device": shape.device}
         self.k = torch.empty(shape.capacity, 1, shape.head_size, **kind)
         self.v = torch.empty(shape.capacity, 1, shape.v_head_size, **kind)
         num_layers, device = shape.num_layers, shape.device
@@ -56,6 +62,12 @@ class RaggedCache:
         if shape.has_remainder:
             self.num_evicted = torch.zeros_like(self.seqused_k)
             self.first_key_bias = torch.zeros(num_layers, num_segments, device=device)
+        self.k_descale: Tensor | None = None
+        self.v_descale: Tensor | None = None
+        if shape.is_fp8:
+            self.k_descale, self.v_descale = torch.ones(
+                2, num_layers, num_segments, 1, device=device
+            )
         self._first_tokens = self.cu_seqlens_k  # where compact_layer begins
         self.num_kv_heads, self.backend = shape.num_kv_heads, backend
         self.max_seqlen_k, self.room = shape.max_seqlen_k, 0
@@ -66,18 +78,19 @@ class RaggedCache:
     def shape(self) -> PoolShape:
         """What would make another of these sizes."""
         return PoolShape(
-            **kind_of(self.k, self.v),
+            **(kind_of(self.k, self.v) | {"dtype": self.dtype}),
             num_layers=len(self.seqused_k),
             num_seqs=self.num_seqs,
             num_kv_heads=self.num_kv_heads,
             capacity=len(self.k),
             max_seqlen_k=self.max_seqlen_k,
             has_remainder=self.first_key_bias is not None,
+            is_fp8=self.k_descale is not None,
         )
 
     def lay_out(self, plan: CompressionPlan, room: int) -> None:
         """Place the segments of a new plan, with `room` free rows each; compact_layer fills them,
-        and store_means where the plan says so.
+        then store_means where the plan says so.
 
         Every tensor stays where it is, so that a captured graph may go on reading it.
         """
@@ -113,16 +126,20 @@ class RaggedCache:
     ) -> None:
         """Move the kept tokens of a layer's k and v into its segments, behind the row for the
         evicted ones; arguments as `compact_kv`."""
+        kept = cu_seqlens_k, indices, cu_kept
+        descales: dict[str, Tensor] = {}
+        if self.k_descale is not None and k.dtype != FP8:
+            self._find_descales(slice(layer, layer + 1), [k], [v], *kept, max_kept)
+            descales = self._descales(layer)
         self.backend.compact_kv(
             k,
             v,
-            cu_seqlens_k,
-            indices,
-            cu_kept,
+            *kept,
             self.k,
             self.v,
             self._first_tokens[layer],
             max_kept=max_kept,
+            **descales,
         )
 
     def compact_layers(
@@ -135,29 +152,51 @@ class RaggedCache:
         max_kept: int,
     ) -> None:
         """compact_layer of all layers, in one launch where their k and v have the same strides."""
+        kept = cu_seqlens_k, indices, cu_kept
+        if self.k_descale is not None:
+            self._find_descales(slice(None), k, v, *kept, max_kept)
         self.backend.compact_layers(
             k,
             v,
-            cu_seqlens_k,
-            indices,
-            cu_kept,
+            *kept,
             self.k,
             self.v,
             self._first_tokens,
             max_kept=max_kept,
+            **self._descales(slice(None)),
         )
 
+    def _find_descales(self, layers: slice, *kept: Any) -> None:
+        """Set the scales of these layers, by what is about to move into them."""
+        assert self.k_descale is not None and self.v_descale is not None
+        k_descale, v_descale = self.backend.kept_descales(*kept[:-1], max_kept=kept[-1])
+        self.k_descale[layers].copy_(k_descale)
+        self.v_descale[layers].copy_(v_descale)
+
+    def _descales(self, layers: int | slice) -> dict[str, Tensor]:
+        """The scales of a layer or more, as the kernels take them."""
+        if self.k_descale is None or self.v_descale is None:
+            return {}
+        return {"k_descale": self.k_descale[layers], "v_descale": self.v_descale[layers]}
+
     def store_means(self, layer: int, sum_k: Tensor, sum_v: Tensor) -> None:
-        """Write the rows that stand for what a layer evicts, from `sum_evicted`'s sums."""
+        """Write the rows that stand for what a layer evicts, from `sum_evicted`'s sums; behind
+        compact_layer, which finds the scales."""
         assert self.num_evicted is not None
         self.backend.store_means(
-            sum_k, sum_v, self.num_evicted[layer], self.k, self.v, self.cu_seqlens_k[layer]
+            *(sum_k, sum_v, self.num_evicted[layer], self.k, self.v, self.cu_seqlens_k[layer]),
+            **self._descales(layer),
         )
 
     @property
     def nbytes(self) -> int:
         """Bytes of both pools, head room included."""
         return self.k.nbytes + self.v.nbytes
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of a row, K and V."""
+        return (self.k.shape[-1] + self.v.shape[-1]) * self.k.element_size()
 
     @property
     def num_seqs(self) -> int:
@@ -185,6 +224,7 @@ class RaggedCache:
             self.v,
             self.cu_seqlens_k[layer],
             self.seqused_k[layer],
+            **self._descales(layer),
         )
         if pads is not None:
             self.seqused_k[layer] -= pads.repeat_interleave(self.num_kv_heads).int()
@@ -216,29 +256,43 @@ class RaggedCache:
             seqused_k=self.seqused_k[layer],
             first_key_bias=None if self.first_key_bias is None else self.first_key_bias[layer],
             **softmax._asdict(),
+            **self._descales(layer),
         )
         out = out.view(num_seqs, self.num_kv_heads, n, group, -1).transpose(1, 2)
         return out.reshape(num_seqs, n, num_heads, -1)
 
     def padded(self, layer: int) -> tuple[Tensor, Tensor]:
-        """A copy of a layer's k and v `[num_segments, max_seqlen_k, d]`; rows behind a segment's
-        end repeat its last live one, and are finite so."""
+        """A copy of a layer's k and v `[num_segments, max_seqlen_k, d]` in `dtype`; rows behind a
+        segment's end repeat its last live one, and are finite so."""
         live = self.seqused_k[layer].long()[:, None]
         column = torch.arange(self.max_seqlen_k, device=self.k.device)
         rows = self.cu_seqlens_k[layer, :-1].long()[:, None] + column.minimum(live - 1)
-        return self.k[rows, 0], self.v[rows, 0]
+        return self._read(layer, rows)
+
+    def _read(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows `[num_segments, n]` of the pools, of a layer, in `dtype`."""
+        k, v = self.k[rows, 0], self.v[rows, 0]
+        if self.k_descale is None or self.v_descale is None:
+            return k, v
+        k = k.float() * self.k_descale[layer, :, None]
+        v = v.float() * self.v_descale[layer, :, None]
+        return k.to(self.dtype), v.to(self.dtype)
 
     def evict(
         self,
         eviction: Eviction,
         room: int,
         allocate: Callable[..., RaggedCache] | None = None,
+        *,
+        is_fp8: bool = False,
     ) -> RaggedCache:
         """What stays of every segment, in another cache, with `room` free rows a segment.
 
         A row that stands for evicted tokens takes those in that join them.
 
         Args:
+            is_fp8: whether the other is to be fp8, if this one is not: rows of fp8 keep their scale
+                and move as they are.
             allocate: makes the other cache, of this size or larger; arguments as for RaggedCache.
         """
         self.check_room()
@@ -251,9 +305,11 @@ class RaggedCache:
             self.shape,
             capacity=int(rows.sum()) + rows.numel() * room,
             max_seqlen_k=int(rows.max()) + room,
+            is_fp8=is_fp8 or self.k_descale is not None,
         )
         other = (allocate or RaggedCache)(shape, self.backend)
         other._lay_out(rows, evicted, room)
+        other._take_descales(self)
         cu_kept = torch.tensor([0, *accumulate(tokens.flatten().tolist())], dtype=torch.int32)
         cu_kept = to_device(cu_kept, self.k.device)
         for layer in range(num_layers):
@@ -265,18 +321,38 @@ class RaggedCache:
             other.compact_layer(layer, self.k, self.v, *kept, int(tokens[layer].max()))
             if self.num_evicted is None:
                 continue
-            sums = self.backend.sum_evicted(
-                self.k, self.v, *kept, self.max_seqlen_k, seqused_k=self.seqused_k[layer]
-            )
+            sums = self._sum_evicted(layer, *kept)
             # A row that stood for n tokens is among them, once.
             again = (self.num_evicted[layer] - 1).clamp(min=0)[:, None, None]
-            first = self.cu_seqlens_k[layer, :-1].long()
+            first = self._read(layer, self.cu_seqlens_k[layer, :-1, None].long())
             sum_k, sum_v = (
-                torch.cat([sums_, pool[first].float() * again], 1)
-                for sums_, pool in zip(sums, (self.k, self.v), strict=True)
+                torch.cat([sums_, row.float() * again], 1)
+                for sums_, row in zip(sums, first, strict=True)
             )
             other.store_means(layer, sum_k, sum_v)
         return other
+
+    def _sum_evicted(
+        self, layer: int, starts: Tensor, indices: Tensor, cu_kept: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Sums of a layer's rows that are not kept, arguments as `sum_evicted`: of what they stand
+        for, so that rows of fp8 are copied before."""
+        k, v = self.k, self.v
+        if self.k_descale is not None:
+            k, v = (x.flatten(0, 1)[:, None] for x in self.padded(layer))
+            starts = self._one_row * self.max_seqlen_k
+        live = self.seqused_k[layer]
+        return self.backend.sum_evicted(
+            k, v, starts, indices, cu_kept, self.max_seqlen_k, seqused_k=live
+        )
+
+    def _take_descales(self, other: RaggedCache) -> None:
+        """Scales of another cache of as many segments, where it has some."""
+        if self.k_descale is None or other.k_descale is None:
+            return
+        assert self.v_descale is not None and other.v_descale is not None
+        self.k_descale.copy_(other.k_descale)
+        self.v_descale.copy_(other.v_descale)
 
     def reserve(self, n: int) -> bool:
         """See to room for n rows more in every segment. True if tensors had to move.
@@ -332,6 +408,7 @@ class RaggedCache:
             assert other.first_key_bias is not None and other.num_evicted is not None
             other.first_key_bias.copy_(self.first_key_bias)
             other.num_evicted.copy_(self.num_evicted)
+        other._take_descales(self)
         other.room = self.room
         return other
 
@@ -343,11 +420,15 @@ class RaggedCache:
         live = object.__new__(RaggedCache)
         vars(live).update(vars(self), _first_tokens=None)
         live._rearrange(self.seqused_k.tolist(), None)
+        if self.k_descale is not None:  # torch cannot unpickle fp8, but by torch.load
+            live.k, live.v = live.k.view(torch.uint8), live.v.view(torch.uint8)
         return {name: x for name, x in vars(live).items() if name != "backend"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Head room as it was; the backend is the device's own, whatever it was."""
         vars(self).update(state)
+        if self.k_descale is not None:
+            self.k, self.v = self.k.view(FP8), self.v.view(FP8)
         self.backend = get_backend("auto", self.k.device)
         self._rearrange([[rows + self.room for rows in row] for row in self._capacities], None)
         self._first_tokens = self.cu_seqlens_k
@@ -374,6 +455,10 @@ class RaggedCache:
             assert self.num_evicted is not None
             self.first_key_bias = self.first_key_bias[:, segments]
             self.num_evicted = self.num_evicted[:, segments]
+        if self.k_descale is not None and segments is not None:
+            assert self.v_descale is not None
+            self.k_descale = self.k_descale[:, segments]
+            self.v_descale = self.v_descale[:, segments]
         self._one_row = torch.arange(live.shape[1] + 1, dtype=torch.int32, device=device)
         self.cu_seqlens_k = self.cu_seqlens_k.new_empty(num_layers, live.shape[1] + 1)
         self._place(capacities)

@@ -29,11 +29,13 @@ class PoolShape(KVShape):
     capacity: rows of the pools, fewer than 2**31: they are counted in int32.
     max_seqlen_k: rows of the longest segment, head room included; more makes larger grids.
     has_remainder: whether first rows may stand for what was evicted.
+    is_fp8: whether rows are stored in fp8 (e4m3); `dtype` is what they are made of, and read as.
     """
 
     capacity: int
     max_seqlen_k: int
     has_remainder: bool = False
+    is_fp8: bool = False
 
     def __post_init__(self) -> None:
         if self.capacity >= 2**31:

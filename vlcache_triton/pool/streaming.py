@@ -111,18 +111,19 @@ class StreamingCompressor(PromptCompressor):
             evicted_tokens(head_keep, self.prompt, self.config),
         )
         first = self._pruned[0]
-        shape = shape_of(plan, head_room, first.k, first.v, self.config.remainder != "none")
+        has_remainder = self.config.remainder != "none"
+        shape = shape_of(plan, head_room, first.k, first.v, has_remainder, self.config.is_fp8)
         ragged = allocate(shape, self.backend)
         ragged.lay_out(plan, head_room)
         for layer, (indices, layer_cu_kept) in enumerate(selected):
             pruned = self._pruned.pop(0)
-            sums = self._add_evicted(pruned, indices, layer_cu_kept)
-            if sums is not None:
-                ragged.store_means(layer, *sums)
             max_kept = int(keep[layer].max())
             ragged.compact_layer(
                 layer, pruned.k, pruned.v, pruned.starts, indices, layer_cu_kept, max_kept
             )
+            sums = self._add_evicted(pruned, indices, layer_cu_kept)
+            if sums is not None:
+                ragged.store_means(layer, *sums)
         return plan, ragged
 
     def _bounds(self) -> Tensor:

@@ -10,6 +10,7 @@ Allocation = Literal["sparsity", "uniform", "pyramid"]
 Clipping = Literal["exact", "paper"]
 Granularity = Literal["kv_head", "layer"]
 Remainder = Literal["none", "mean"]
+CacheDtype = Literal["auto", "fp8_e4m3"]
 RowReduction = Literal["sum", "max"]
 GroupReduction = Literal["mean", "max"]
 
@@ -50,6 +51,10 @@ class VLCacheConfig:
             budget is lowered to it. What a turn brings too much goes from all that is there, the
             least attended by the turn's rows first; an answer may exceed it by its own length
             (docs/recipe.md, "Later turns").
+        kv_cache_dtype: "auto" stores what is kept, and what follows it, in the model's dtype;
+            "fp8_e4m3" in 8 bits, with a scale of K and one of V for each KV head of a sequence,
+            found from what is kept (docs/layout.md, "In 8 bits"). What is left whole stays as it
+            is, so that it takes a budget below 1.0.
         max_query_rows: use only the last this many post-vision rows as queries; None uses all.
         text_window: for a prompt without an image: use its last this many rows as post-vision
             rows; None leaves such a prompt uncompressed.
@@ -71,6 +76,7 @@ class VLCacheConfig:
     smoothing: int = 1
     remainder: Remainder = "none"
     max_cache_tokens: int | None = None
+    kv_cache_dtype: CacheDtype = "auto"
     max_query_rows: int | None = None
     text_window: int | None = None
 
@@ -96,6 +102,7 @@ class VLCacheConfig:
             ("row_reduction", RowReduction),
             ("group_reduction", GroupReduction),
             ("remainder", Remainder),
+            ("kv_cache_dtype", CacheDtype),
         ):
             word = getattr(self, name)
             if not isinstance(word, str) or word not in get_args(words):
@@ -110,6 +117,8 @@ class VLCacheConfig:
             if not _is_int(value) or value < least:
                 raise _invalid(name, value, f"None or an int >= {least}")
             self._set(name, int(value))
+        if self.is_fp8 and self.is_lossless:
+            raise _invalid("kv_cache_dtype", self.kv_cache_dtype, "'auto' where budget=1.0")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)  # the class is frozen
@@ -139,6 +148,11 @@ class VLCacheConfig:
         """True at budget 1.0 without a bound, where the cache is left exactly as it is."""
         is_whole = isinstance(self.budget, float) and self.budget == 1.0
         return is_whole and self.max_cache_tokens is None
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether compressed caches store K and V in fp8."""
+        return self.kv_cache_dtype == "fp8_e4m3"
 
 
 def _budget(budget: object) -> float | int:

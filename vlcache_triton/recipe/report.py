@@ -46,9 +46,10 @@ class CompressionReport:
         layers: Sequence[int],
         bytes_before: int,
         bytes_allocated: int,
+        row_nbytes: int,
     ) -> CompressionReport:
-        """Of what a plan keeps; the other arguments are fields of the same name."""
-        dense_rows = plan.head_keep.numel() * plan.prompt.padded_length
+        """Of what a plan keeps, in rows of so many bytes, K and V; the other arguments are fields
+        of the same name."""
         return cls(
             budget=budget,
             layers=list(layers),
@@ -56,7 +57,7 @@ class CompressionReport:
             kept=plan.keep.tolist(),
             lengths=list(plan.prompt.lengths),
             bytes_before=bytes_before,
-            bytes_after=bytes_before * int(plan.head_keep.sum()) // dense_rows,
+            bytes_after=int(plan.head_keep.sum()) * row_nbytes,
             bytes_allocated=bytes_allocated,
         )
 

@@ -196,7 +196,8 @@ class Recording:
         allocated = self.compress([plan]).ragged
         assert allocated is not None
         layers, budget = self.cache.contents.layers, variant.effective.budget
-        return CompressionReport.of(plan, budget, layers, self.prompt_bytes, allocated.nbytes)
+        nbytes = self.prompt_bytes, allocated.nbytes, allocated.row_nbytes
+        return CompressionReport.of(plan, budget, layers, *nbytes)
 
     def plan_for(self, variant: Variant) -> CompressionPlan:
         """What a variant keeps of the prompt."""
@@ -208,6 +209,11 @@ class Recording:
         for all variants that look at the same."""
         check_made_for(variant.policy, self.model.config)
         config, backend = variant.effective, self.backend
+        if config.is_fp8:
+            raise NotImplementedError(
+                f"{variant.name}: got kv_cache_dtype={config.kv_cache_dtype!r}, expected 'auto':"
+                " all variants of a prompt share one pool"
+            )
         (post_vision,), (length,) = self.prompt.query_rows, self.prompt.lengths
         rows = count_query_rows(post_vision, length, config, variant.policy)
         prompt = dataclasses.replace(self.prompt, query_rows=(rows,))
