@@ -74,10 +74,9 @@ class PromptCompressor:
             num_kv_heads = self._rows[0][0].shape[1]
             plan = whole_plan(self.prompt, self.num_layers, num_kv_heads, device)
         self._stats = []
-        has_remainder, is_fp8 = self.config.remainder != "none", self.config.is_fp8
-        shape = shape_of(
-            *(plan, head_room, *self._rows[0], has_remainder), is_fp8 and self.compresses
-        )
+        has_remainder = self.config.remainder != "none"
+        is_fp8 = self.config.is_fp8 and self.compresses
+        shape = shape_of(plan, head_room, *self._rows[0], has_remainder, is_fp8)
         ragged = allocate(shape, self.backend)
         ragged.lay_out(plan, head_room)
         k, v = zip(*self._rows, strict=True)

@@ -183,9 +183,9 @@ class RaggedCache:
         """Write the rows that stand for what a layer evicts, from `sum_evicted`'s sums; behind
         compact_layer, which finds the scales."""
         assert self.num_evicted is not None
+        pool = self.k, self.v, self.cu_seqlens_k[layer]
         self.backend.store_means(
-            *(sum_k, sum_v, self.num_evicted[layer], self.k, self.v, self.cu_seqlens_k[layer]),
-            **self._descales(layer),
+            sum_k, sum_v, self.num_evicted[layer], *pool, **self._descales(layer)
         )
 
     @property
