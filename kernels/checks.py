@@ -132,13 +132,13 @@ def expect_sinks(sinks: Tensor | None, q: Tensor, most_rows: int) -> None:
     if sinks is None:
         return
     expect_same_device(q=q, sinks=sinks)
-    expect_float("sinks", sinks)
     num_heads = q.shape[1]
     got, rows = f"shape {tuple(sinks.shape)}", sinks.shape[0] if sinks.dim() == 2 else 1
     fits = sinks.dim() in (1, 2) and sinks.shape[-1] == num_heads
     fits = fits and rows > 0 and most_rows % rows == 0
     many = "" if most_rows == 1 else f" or (n, {num_heads}), n a divisor of {most_rows} sequences"
     expect(fits, "sinks", got, f"({num_heads},){many}")
+    expect_float("sinks", sinks)
     expect(sinks.is_contiguous(), "sinks", f"strides {sinks.stride()}", "a contiguous tensor")
 
 

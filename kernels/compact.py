@@ -256,11 +256,13 @@ def compact_layers(
 
 
 def check_layers(k: Sequence[Tensor], v: Sequence[Tensor]) -> None:
-    """Refuse layers that are not all of one shape, dtype and device."""
+    """Refuse layers of unequal shape, dtype or device, and rows that do not lie in one piece."""
     expect(len(v) == len(k), "v", f"{len(v)} layers", f"{len(k)}, as k")
     for name, layers in (("k", k), ("v", v)):
         for i, x in enumerate(layers):
             expect_like(f"{name}[{i}]", x, layers[0])
+            unit = x.stride()[-1:] == (1,)
+            expect(unit, f"{name}[{i}]", f"strides {x.stride()}", "1 in the last dimension")
 
 
 def layers_alike(k: Sequence[Tensor], v: Sequence[Tensor]) -> Iterator[tuple[int, Tensor, bool]]:

@@ -84,5 +84,6 @@ def kept_descales(
 
 
 def _descale_of(amax: Tensor) -> Tensor:
-    descale = (amax / (FP8_MAX / FP8_ROOM)).clamp(min=torch.finfo(torch.float32).tiny)
+    # Multiplied: torch divides by a number in another way on a GPU than on the CPU.
+    descale = (amax * (FP8_ROOM / FP8_MAX)).clamp(min=torch.finfo(torch.float32).tiny)
     return torch.where(amax > 0, descale, 1.0)

@@ -216,8 +216,8 @@ def kept_descales(
                 kept = indices[bounds[here] : bounds[here + 1]].long()
                 rows = x.reshape(-1, *x.shape[-2:])[_rows(kept, i, cu_seqlens_k, block_table, x), h]
                 if len(rows):
-                    amax[layer, s] = rows.float().abs().max()
-        descale = (amax / (FP8_MAX / FP8_ROOM)).clamp(min=torch.finfo(torch.float32).tiny)
+                    amax[layer, s] = rows.float().abs().nan_to_num(0.0, torch.inf).max()
+        descale = (amax * (FP8_ROOM / FP8_MAX)).clamp(min=torch.finfo(torch.float32).tiny)
         descales.append(torch.where(amax > 0, descale, 1.0))
     return descales[0], descales[1]
 

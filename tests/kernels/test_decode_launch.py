@@ -249,6 +249,7 @@ BAD: dict[str, tuple[type[Exception], dict[str, Any]]] = {
         dict(first_key_bias=torch.zeros(2), window_size=(9, -1)),
     ),
     "sinks: got dtype": (NotImplementedError, dict(sinks=torch.zeros(4).int())),
+    "sinks: got shape ..,": (ValueError, dict(sinks=torch.zeros(()))),
     "sinks: got shape .3,": (ValueError, dict(sinks=torch.zeros(3))),
     "sinks: got shape .1, 1, 4": (ValueError, dict(sinks=torch.zeros(1, 1, 4))),
     "sinks: got shape .2, 4": (ValueError, dict(sinks=torch.zeros(2, 4))),

@@ -116,7 +116,7 @@ def expected_descales(case: Case, x: Tensor) -> Tensor:
     for segment in range(len(case.kept)):
         rows = kept_rows(case, x, segment).float()
         amax = rows.abs().max() if len(rows) else torch.zeros(())
-        parts.append(amax / 224 if amax > 0 else torch.ones(()))
+        parts.append(amax * (2 / 448) if amax > 0 else torch.ones(()))
     return torch.tensor(parts, device=x.device)[:, None]
 
 
@@ -190,7 +190,7 @@ def test_descales_of_extremes(device: torch.device) -> None:
     for function in (kept_descales, reference.kept_descales):
         k_descale, _ = descales_of(function, case)
         tiny = torch.finfo(FLOAT).tiny
-        outlier = torch.tensor(3e38) / 224
+        outlier = torch.tensor(3e38) * (2 / 448)
         expected = torch.tensor([1.0, 1.0, tiny, outlier, tiny], device=device)
         assert_identical([k_descale[0, :5, 0]], [expected])
     assert codes_of(case.k[:, 3], k_descale[0, 3, 0]).float()[2, 7] == -224
@@ -722,6 +722,18 @@ def test_scales_are_of_layers_that_are_there(device: torch.device) -> None:
         kept_descales([case.k] * 2, [case.v] * 2, case.cu_seqlens_k, **options)
     with pytest.raises(NotImplementedError, match=r"^k: got dtype torch.float8"):
         kept_descales([case.k.to(FP8)], [case.v], case.cu_seqlens_k, **options)
+    across = case.v.transpose(0, 2).contiguous().transpose(0, 2)
+    with pytest.raises(ValueError, match=r"^v\[1\]: got strides"):
+        kept_descales([case.k] * 2, [case.v, across], case.cu_seqlens_k, **options)
+
+
+def test_what_is_no_number_sets_no_scale(device: torch.device) -> None:
+    case = random_case([20], [9, 9], device=device)
+    expected = [x.clone() for x in descales_of(kept_descales, case)]
+    least = case.k.abs().argmin()
+    case.k.view(-1)[least] = torch.nan
+    for function in (kept_descales, reference.kept_descales):
+        assert_identical(descales_of(function, case), expected)
 
 
 def test_gpus_that_do_not_convert_it_are_named(monkeypatch) -> None:

@@ -258,7 +258,7 @@ class Rounded:
         columns = kept.shape[2]
         if name not in self.descale:
             largest = x[:, :, :columns].abs().amax(-1).masked_fill(~kept, 0).amax(-1)
-            self.descale[name] = torch.where(largest > 0, largest / 224, 1)[..., None, None]
+            self.descale[name] = torch.where(largest > 0, largest * (2 / 448), 1)[..., None, None]
             self.means[name] = self._stored(name, mean), evicted
         x = self._stored(name, x)
         mean, before = self.means[name]
