@@ -13,21 +13,20 @@ from vlcache_triton.pool.attention import torch_attention
 from vlcache_triton.recipe.softmax import Softmax
 
 from .layers import PromptLength, layer_of
+from .names import PROMPT_ONLY
 from .prefill import prefill_attention
 
 NAME = "vlcache"  # Transformers looks for "flash", "sdpa", "paged|" in such names: avoid them
 # What forward passes hand down, or masks say already: attention is the same whatever it says.
-SAYS_NOTHING = {
+SAYS_NOTHING = PROMPT_ONLY | {
     "cache_position",
-    "logits_to_keep",
+    "labels",
     "num_items_in_batch",
     "output_attentions",
     "output_hidden_states",
     "output_router_logits",
     "position_ids",
-    "return_dict",
     "sliding_window",
-    "use_cache",
 }
 
 

@@ -11,23 +11,7 @@ from torch import Tensor
 
 from .cache import VLCache
 from .graph import DecodeGraphs
-from .names import CACHE, decode_forward
-
-# What a decode forward may be given besides its token and position: of use to the prompt only.
-PROMPT_ONLY = {
-    CACHE,
-    "attention_mask",
-    "image_grid_thw",
-    "image_sizes",
-    "logits_to_keep",
-    "mm_token_type_ids",
-    "return_dict",
-    "second_per_grid_ts",
-    "spatial_shapes",
-    "token_type_ids",
-    "use_cache",
-    "video_grid_thw",
-}
+from .names import CACHE, PROMPT_ONLY, decode_forward
 
 
 class ForwardStep:

@@ -23,6 +23,22 @@ CACHE = next(
     "cache",
 )
 CACHE_NAMES = {CACHE, "cache", "past_key_values"}
+# What a decode forward may be given besides its token and position: of use to the prompt only. Some
+# models hand all of it down to their attention.
+PROMPT_ONLY = {
+    CACHE,
+    "attention_mask",
+    "image_grid_thw",
+    "image_sizes",
+    "logits_to_keep",
+    "mm_token_type_ids",
+    "return_dict",
+    "second_per_grid_ts",
+    "spatial_shapes",
+    "token_type_ids",
+    "use_cache",
+    "video_grid_thw",
+}
 
 
 def rename_cache(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -187,3 +187,21 @@ def test_a_keyword_of_the_user_reaches_attention(family):
     refused = pytest.raises(NotImplementedError, match="got 'seq_idx' in the attention of")
     with vl_cache(family.model, budget=0.4), refused, torch.no_grad():
         family.model(**inputs, seq_idx=torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("family", ["internvl"], indirect=True)
+@pytest.mark.parametrize("name", ["image_sizes", "mm_token_type_ids", "token_type_ids"])
+def test_what_is_for_the_prompt_may_reach_attention(family, name):
+    """Some models hand it down unread."""
+    inputs = family.inputs(LONG)
+    given = {name: torch.zeros_like(inputs["input_ids"])}
+    with vl_cache(family.model, budget=0.4), torch.no_grad():
+        expected = family.model(**inputs).logits
+        assert torch.equal(family.model(**inputs, **given).logits, expected)
+
+
+def test_labels_may_reach_attention():
+    q, k, v = torch.randn(3, 1, 2, 5, 8)
+    expected, _ = vlcache_attention(torch.nn.Module(), q, k, v, None)
+    out, _ = vlcache_attention(torch.nn.Module(), q, k, v, None, labels=torch.zeros(1, 5))
+    assert torch.equal(out, expected)

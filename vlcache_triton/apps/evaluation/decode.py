@@ -50,6 +50,7 @@ def answer(recording: Recording, cache: VLCache) -> list[list[int]]:
     return [_until(row, eos) for row in torch.stack(tokens, 1).tolist()]
 
 
+@torch.no_grad()
 def full_answer(recording: Recording) -> tuple[list[int], Tensor | None]:
     """The full cache's tokens, and the attention its decoding paid to the prompt.
 
