@@ -21,6 +21,7 @@ from measure import DEVICE, DTYPE, HAS_GPU, check, num_copies
 from torch import Tensor
 
 from vlcache_triton.kernels import decode, reference, schedule
+from vlcache_triton.kernels.checks import FP8_CAPABILITY
 
 HEADS, D = ((8, 4), 128) if HAS_GPU else ((2, 2), 16)  # KV heads, and query heads of each
 SCALE = 1 if HAS_GPU else 64  # a miniature's lengths are shorter by so much
@@ -77,6 +78,9 @@ def make_caches() -> dict[str, Cache]:
 CACHES = make_caches()
 SCHEDULED = {"capacity-page-16", "64x2048", "one-page-16", "capacity-ragged", "one-long"}
 SCHEDULED |= {"recorded-least", "recorded-most"}
+HAS_FP8 = not HAS_GPU or torch.cuda.get_device_capability() >= FP8_CAPABILITY
+IN_FP8 = {"page-1", "64x2048", "capacity-ragged"} if HAS_FP8 else set()
+DESCALE = 2.0**-5  # of normal numbers: none comes near 448 of it
 
 
 class Inputs(NamedTuple):
@@ -163,6 +167,13 @@ def facts(name: str) -> dict[str, object]:
     }
 
 
+def in_fp8(x: Inputs) -> Inputs:
+    """The same in 8 bits, of one scale."""
+    k, v = ((y / DESCALE).to(torch.float8_e4m3fn) for y in (x.k, x.v))
+    scales = torch.full((len(x.q), k.shape[-2]), DESCALE, device=DEVICE)
+    return x._replace(k=k, v=v, where=x.where | {"k_descale": scales, "v_descale": scales})
+
+
 def table_of(x: Inputs) -> Tensor:
     """What a step makes for a layer like this."""
     where = x.where | {"seqused_k": x.where["seqused_k"][None]}
@@ -170,15 +181,19 @@ def table_of(x: Inputs) -> Tensor:
     return schedule.decode_schedule(*args, **where)
 
 
-WAYS = [(n, by) for n in CACHES for by in ("ours", "ours, scheduled")[: 1 + (n in SCHEDULED)]]
+BY = {"ours": set(CACHES), "ours, scheduled": SCHEDULED, "ours, fp8": IN_FP8}
+WAYS = [(name, by) for name in CACHES for by, names in BY.items() if name in names]
 
 
 @pytest.mark.parametrize(("name", "by"), WAYS)
 def test_caches(measure, name, by):
     """A schedule is made once a step for all layers, and is not in the time."""
     inputs = case(name)
+    if by == "ours, fp8":
+        inputs = [in_fp8(x) for x in inputs]
+        check(inputs[0].decode(), expected(inputs[0]))
     launches: list[Callable] = [x.decode for x in inputs]
-    if by != "ours":
+    if by == "ours, scheduled":
         launches = [functools.partial(x.decode, schedule=table_of(x)[0]) for x in inputs]
         check(launches[0](), expected(inputs[0]))
     q, k = inputs[0].q, inputs[0].k

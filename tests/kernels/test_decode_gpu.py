@@ -65,8 +65,15 @@ def test_large(device: torch.device, dtype: torch.dtype, shapes: dict[str, Any])
     assert_identical(run_decode(varlen_decode, batch), actual)
 
 
-@pytest.mark.parametrize("options", [dict(window_size=(1000, -1)), dict(softcap=30.0)])
+SINKS = torch.linspace(-2.0, 12.0, 8)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(window_size=(1000, -1)), dict(softcap=30.0), dict(sinks=SINKS)]
+)
 def test_large_with_options(device: torch.device, options: dict[str, Any]) -> None:
+    if "sinks" in options:
+        options = dict(sinks=SINKS.to(device))
     batch = random_varlen([3, 1], [20000, 777], num_heads=8, dtype=BFLOAT, device=device)
     assert_decode_accurate(run_decode(varlen_decode, batch, **options), batch, **options)
 

@@ -575,6 +575,17 @@ def test_sinks(device: torch.device, num_splits: int) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_large(device: torch.device, page_size: int | None) -> None:
+    """What run_gpu.sh runs of this file: conversions by the GPU's own instructions, too."""
+    test_every_code_is_read_as_torch_reads_it(device, BFLOAT)
+    test_every_rounding_is_torch_s(device, 0.0371)
+    shapes: dict[str, Any] = dict(num_heads=8, num_kv_heads=2, d=128, dtype=BFLOAT, device=device)
+    lengths = [8192 - 37 * i for i in range(16)]
+    assert_decodes(fp8_cache([1] * 16, lengths, page_size=page_size, **shapes))
+
+
 def test_k_alone_or_v_alone(device: torch.device) -> None:
     cache = fp8_cache([2, 1], [70, 40], device=device, dtype=FLOAT)
     expected = run_decode(reference.varlen_decode, cache.batch, **cache.descales)
