@@ -235,10 +235,9 @@ def compact_layers(
         )
         if num_segments == 0 or max_kept <= 0:
             return
-        grid = (len(layers) * num_segments, *launch["grid"][1:])
         with current(out_k.device):
             _compact_kernel.run(
-                **(launch | {"grid": grid, "ALIGNED": aligned}),
+                **of_layers(launch, len(layers), num_segments, aligned),
                 k_ptr=k[like],
                 v_ptr=v[like],
                 layers_ptr=layers,
@@ -279,6 +278,12 @@ def layers_alike(k: Sequence[Tensor], v: Sequence[Tensor]) -> Iterator[tuple[int
         table.append((i, *addresses))
     for (_, _, aligned), table in alike.items():
         yield table[0][0], to_device(torch.tensor(table), k[0].device), aligned
+
+
+def of_layers(launch: Launch, num_layers: int, num_segments: int, aligned: bool) -> dict[str, Any]:
+    """A layer's launch, for so many at once."""
+    grid = (num_layers * num_segments, *launch["grid"][1:])
+    return launch | {"grid": grid, "ALIGNED": aligned}
 
 
 def compact_kv_(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .checks import expect, expect_array
-from .compact import check_layers, check_selection, layers_alike, moving_launch
+from .compact import check_layers, check_selection, layers_alike, moving_launch, of_layers
 from .descales_kernels import _kept_amax_kernel
 from .launch import current
 from .types import FP8_MAX, FP8_ROOM
@@ -65,10 +65,9 @@ def kept_descales(
         for like, layers, aligned in alike:
             launch = moving_launch(k[like], v[like], block_table, num_segments, max_kept)
             num_alike = 1 if layers is None else len(layers)
-            grid = (num_alike * num_segments, *launch["grid"][1:])
             with current(k[0].device):
                 _kept_amax_kernel.run(
-                    **(launch | {"grid": grid, "ALIGNED": aligned}),
+                    **of_layers(launch, num_alike, num_segments, aligned),
                     k_ptr=k[like],
                     v_ptr=v[like],
                     layers_ptr=layers,

@@ -30,6 +30,7 @@ from support import (
     run_decode,
     to_pages,
 )
+from test_decode import CASES as DECODE_CASES
 from torch import Tensor
 
 from vlcache_triton.kernels import append, checks, compact, decode, reference, schedule
@@ -478,10 +479,20 @@ def assert_decodes(cache: Fp8Cache, *, scheduled: bool = False, **options: Any) 
 
 
 DECODES: dict[str, dict[str, Any]] = {
-    "one row, one key": dict(lengths_q=[1], lengths_k=[1]),
-    "odd lengths": dict(
-        lengths_q=[1, 1, 1], lengths_k=[63, 1, 111], num_heads=3, num_kv_heads=3, d=80, dtype=BFLOAT
-    ),
+    name: DECODE_CASES[name]
+    for name in (
+        "one row, one key",
+        "odd lengths",
+        "16 rows",
+        "pages of 1",
+        "ragged",
+        "ragged pages, 3 rows",
+        "group 1",
+        "head size 256",
+        "head sizes 40 and 256",
+    )
+}
+DECODES |= {
     "2000 keys": dict(lengths_q=[1], lengths_k=[2000], num_heads=4, num_kv_heads=1, dtype=BFLOAT),
     "8 heads on pages": dict(
         lengths_q=[2], lengths_k=[300], num_heads=8, num_kv_heads=1, page_size=16
@@ -495,29 +506,7 @@ DECODES: dict[str, dict[str, Any]] = {
         d=96,
         dtype=FLOAT,
     ),
-    "16 rows of 8 heads": dict(lengths_q=[16], lengths_k=[111], num_heads=8, num_kv_heads=1, d=128),
     "empty sequences": dict(lengths_q=[0, 3, 4, 0], lengths_k=[7, 0, 40, 90], dtype=FLOAT),
-    "pages of 1": dict(lengths_q=[1, 2], lengths_k=[63, 111], page_size=1, dtype=BFLOAT, d=96),
-    "ragged": dict(
-        lengths_q=[1] * 6,
-        lengths_k=[40, 130, 5, 70, 64, 239],
-        used=[33, 111, 1, 63, 64, 200],
-        num_heads=4,
-        num_kv_heads=1,
-        d=128,
-        dtype=BFLOAT,
-    ),
-    "ragged pages, 3 rows": dict(
-        lengths_q=[3] * 4,
-        lengths_k=[40, 130, 7, 70],
-        used=[33, 111, 5, 63],
-        num_heads=8,
-        num_kv_heads=1,
-        page_size=16,
-    ),
-    "group 1": dict(lengths_q=[1, 4], lengths_k=[200, 63], num_heads=2, d=64, d_v=128, dtype=FLOAT),
-    "head size 256": dict(lengths_q=[1, 3], lengths_k=[111, 63], d=256, dtype=BFLOAT),
-    "head sizes 40 and 256": dict(lengths_q=[1], lengths_k=[70], d=40, d_v=256),
 }
 
 
